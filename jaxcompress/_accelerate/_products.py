@@ -1,0 +1,166 @@
+"""Products that meet a quantized weight: brought to the form that the ops take.
+
+Each function returns the result, or, as text, the reason why the weight has to be
+decoded first.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcompress._quax import ragged_dot_general_p
+from jaxcompress.arrays import QuantizedArray
+from jaxcompress.arrays._quantized import replace
+from jaxcompress.arrays._reshape import reshape
+from jaxcompress.arrays._uses import listener
+from jaxcompress.arrays._views import groups, transpose
+from jaxcompress.ops._linear import encode_activations, linear, plan
+
+__all__ = ["convolution", "dot_general", "ragged_dot"]
+
+Result = jax.Array | str
+
+
+def dot_general(
+    x: jax.Array, w: QuantizedArray, dimension_numbers: Any, weight_first: bool, dtype: Any
+) -> Result:
+    """`lax.dot_general` of `x` and `w`, in this order or with `weight_first`."""
+    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
+    if weight_first:
+        (w_contract, x_contract), (w_batch, x_batch) = dimension_numbers
+    if x.size == 0 or w.size == 0:
+        return "an empty product"
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"the other operand is {x.dtype}"
+    folded = _fold_contracted_scale(x, w, x_contract, w_contract, x_batch, w_batch)
+    if isinstance(folded, str):
+        return folded
+    x, w = folded
+    # Groups and bit planes run along the last contracted axis, so it goes last.
+    order = sorted(range(len(w_contract)), key=lambda i: w_contract[i] == _run_dimension(w))
+    w_contract, x_contract = ([c[i] for i in order] for c in (w_contract, x_contract))
+    w_free = [d for d in range(w.ndim) if d not in w_contract and d not in w_batch]
+    x_free = [d for d in range(x.ndim) if d not in x_contract and d not in x_batch]
+    batch = [w.shape[d] for d in w_batch]
+    one_batch = [math.prod(batch)] if batch else []
+    k, n = (math.prod(w.shape[d] for d in dims) for dims in (w_contract, w_free))
+    m = math.prod(x.shape[d] for d in x_free)
+    # A weight that is stored output first is multiplied as it lies.
+    transpose_w = bool(w_free) and [*w_batch, *w_free, *w_contract] == list(range(w.ndim))
+    last = (w_free, w_contract) if transpose_w else (w_contract, w_free)
+    permutation = [*w_batch, *last[0], *last[1]]
+    turned = w if permutation == list(range(w.ndim)) else transpose(w, permutation)
+    flat = reshape(turned, [*one_batch, *((n, k) if transpose_w else (k, n))])
+    if flat is None:
+        return "its scales do not follow the axes that the product merges"
+    _note_product(w, flat, lax.dot_general_p, m, k, n, x.dtype.name)
+    rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, k)
+    out = linear(rows, flat, transpose_w, dtype)
+    out = out.reshape(*batch, *(x.shape[d] for d in x_free), *(w.shape[d] for d in w_free))
+    if weight_first:
+        b, f = len(batch), len(batch) + len(x_free)
+        out = lax.transpose(out, [*range(b), *range(f, out.ndim), *range(b, f)])
+    return out
+
+
+def ragged_dot(
+    x: jax.Array, w: QuantizedArray, group_sizes: jax.Array, params: dict[str, Any], dtype: Any
+) -> Result:
+    """`lax.ragged_dot`: rows of `x[m, k]` by runs with their own `w[g, k, n]`."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (contract, batch) = numbers.dot_dimension_numbers
+    plain = tuple(map(tuple, contract)) == ((1,), (1,)) and not batch[0]
+    if not plain or tuple(numbers.rhs_group_dimensions) != (0,):
+        return "not the plain form of ragged_dot"
+    if w.scale.shape[1] != 1 or w.zero_point is not None:
+        return "groups or zero points in a ragged product"
+    m, (_, k, n) = x.shape[0], w.shape
+    _note_product(w, w, ragged_dot_general_p, m, k, n, x.dtype.name, "integers as floats")
+    x_scale = None
+    if w.act is not None:
+        x, x_scale = encode_activations(x, w.act, _first(w.act_scale))
+    codes = w.codes().astype(x.dtype)
+    params = {**params, "preferred_element_type": jnp.dtype(jnp.float32)}
+    sums = ragged_dot_general_p.bind(x, codes, group_sizes, **params)
+    expert = jnp.repeat(jnp.arange(w.shape[0]), group_sizes, total_repeat_length=m)
+    sums = sums if x_scale is None else sums * x_scale
+    return (sums * w.scale.astype(jnp.float32)[:, 0][expert]).astype(dtype)
+
+
+def convolution(x: jax.Array, w: QuantizedArray, params: dict[str, Any], dtype: Any) -> Result:
+    """`lax.conv_general_dilated` with a scale for each output feature."""
+    numbers = params["dimension_numbers"]
+    out_dim = numbers.rhs_spec[0]
+    if any(size != 1 for d, size in enumerate(w.scale.shape) if d != out_dim):
+        return "a convolution takes one scale for each output feature"
+    if w.zero_point is not None:
+        return "a convolution takes no zero points"
+    x_scale = None
+    if w.act is not None:  # a token is an example here: one scale for each image
+        first = numbers.lhs_spec[0]
+        rows = jnp.moveaxis(x, first, 0)
+        codes, x_scale = encode_activations(
+            rows.reshape(x.shape[first], -1), w.act, _first(w.act_scale)
+        )
+        x = jnp.moveaxis(codes.reshape(rows.shape), 0, first)
+    why = "XLA's float convolution of the integers"
+    w.note(lax.conv_general_dilated_p, "convolution", "reference", why)
+    params = {**params, "preferred_element_type": None}
+    sums = lax.conv_general_dilated_p.bind(x, w.codes().astype(x.dtype), **params)
+    sums = sums.astype(jnp.float32)
+    if x_scale is not None:
+        per_example = [1] * sums.ndim
+        per_example[numbers.out_spec[0]] = x_scale.shape[0]
+        sums = sums * x_scale.reshape(per_example)
+    per_feature = [1] * sums.ndim
+    per_feature[numbers.out_spec[1]] = w.scale.size
+    return (sums * w.scale.astype(jnp.float32).reshape(per_feature)).astype(dtype)
+
+
+def _first(act_scale: jax.Array | None) -> jax.Array | None:
+    """A static scale as `[1, 1]`."""
+    return None if act_scale is None else act_scale.reshape(-1)[:1].reshape(1, 1)
+
+
+def _note_product(w, flat, primitive, m, k, n, dtype, instead=None) -> None:
+    here = listener()
+    if here is None:
+        return
+    if instead:
+        w.note(primitive, primitive.name, "reference", instead)
+    else:
+        op, (implementation, why) = plan(flat, m, k, n, dtype, here.platform)
+        w.note(primitive, op, implementation.name, why)
+
+
+def _run_dimension(w: QuantizedArray) -> int | None:
+    """The dimension that groups or bit planes run along."""
+    runs = w.packed is not None or any(g > 1 for g in groups(w).values())
+    return w.axis[-1] % w.ndim if runs else None
+
+
+def _fold_contracted_scale(x, w, x_contract, w_contract, x_batch, w_batch):
+    """A scale for each index of a contracted axis moves over to the dense operand.
+
+    Multiplied into the weight it would make it a float array, and again in the gradient.
+    """
+    kinds = groups(w)
+    if all(w.scale.shape[d] == 1 or kinds.get(d, 1) > 1 for d in w_contract):
+        return x, w
+    free = [d for d in range(w.ndim) if d not in w_contract and d not in w_batch]
+    if any(w.scale.shape[d] > 1 for d in free) or any(kinds.get(d, 1) > 1 for d in w_contract):
+        return "its scales vary along contracted and other axes"
+    if w.zero_point is not None:
+        return "its zero points vary along a contracted axis"
+    shape, source = [1] * x.ndim, {}
+    for xd, wd in zip((*x_contract, *x_batch), (*w_contract, *w_batch)):
+        shape[xd], source[xd] = w.scale.shape[wd], wd
+    scale = lax.transpose(w.scale, [source[d] for d in sorted(source)] + free).reshape(shape)
+    # What is left shares one scale; the packed axis has to stay the last in `axis`.
+    axis = sorted(range(-w.ndim, 0), key=lambda a: a == (w.axis[-1] if w.axis else 0))
+    one = jnp.ones((1,) * w.ndim, w.scale.dtype)
+    plain = replace(w, scale=one, axis=tuple(axis), group_size=None)
+    return x * scale.astype(x.dtype), plain

@@ -1,0 +1,31 @@
+"""The path of a leaf as text: what rules match and errors name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.tree_util import GetAttrKey, KeyPath
+
+from jaxcompress.arrays import is_compressed
+
+__all__ = ["leaves_with_paths", "map_with_paths", "path_string"]
+
+
+def path_string(path: KeyPath) -> str:
+    """`params/Dense_0/kernel`; the `.value` of an NNX variable is left out."""
+    if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+    """`(path, leaf)` of every leaf; a compressed array is one leaf."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_compressed)
+    return [(path_string(path), leaf) for path, leaf in flat]
+
+
+def map_with_paths(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map` of `fn(path, leaf, *rest)`; a compressed array is one leaf."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: fn(path_string(path), *leaves), tree, *rest, is_leaf=is_compressed
+    )

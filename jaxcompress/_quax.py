@@ -1,0 +1,98 @@
+"""Every touch of quax's and JAX's internals, in one file.
+
+quax interprets a function and lets `quax.register`ed rules see compressed arrays
+where the function has dense ones. Three things that its trace cannot do yet are given
+to it here, each only where it is absent: functions with a custom backward pass,
+`shard_map`, and `jax.checkpoint`.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import quax
+from jax._src import core
+from jax._src.interpreters import ad
+from jax._src.lax.lax import ragged_dot_general_p
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core.primitives import remat_p, stop_gradient_p
+from quax._trace import _QuaxTrace, _QuaxTracer
+from quax._values import _dense
+
+__all__ = ["differentiated_inside", "ragged_dot_general_p", "run", "stop_gradient_p"]
+
+
+def run(fn: Callable[..., Any], leaves: list[Any]) -> list[Any]:
+    """`fn(leaves)`, where compressed leaves act as the dense arrays they stand for."""
+    return quax.quaxify(fn)(leaves)
+
+
+def _dense_inputs(trace: _QuaxTrace, primitive: Any, tracers: Any) -> list[Any]:
+    """The inputs of an opaque call: compressed ones decoded, and `explain` told so."""
+    values = [trace.to_value(t) for t in tracers]
+    return [
+        v.decoded_for(primitive) if hasattr(v, "decoded_for") else type(v).materialise(v)
+        for v in values
+    ]
+
+
+def _process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, **params):
+    with core.set_current_trace(self.parent_trace):
+        arrays = _dense_inputs(self, primitive, tracers)
+        out = primitive.bind_with_trace(
+            self.parent_trace,
+            tuple(arrays),
+            tuple(jax.typeof(a) for a in arrays),
+            dict(subfuns=(fun, fwd, bwd), **params),
+        )
+    return [_QuaxTracer(self, _dense(o)) for o in out]
+
+
+def _process_shard_map(self, primitive, fun, tracers, **params):
+    with core.set_current_trace(self.parent_trace):
+        arrays = _dense_inputs(self, primitive, tracers)
+        out = primitive.bind_with_trace(
+            self.parent_trace,
+            tuple(arrays),
+            tuple(jax.typeof(a) for a in arrays),
+            dict(subfuns=(fun,), **params),
+        )
+    wrap = lambda o: _QuaxTracer(self, _dense(o))
+    return out.map(wrap) if hasattr(out, "map") else [wrap(o) for o in out]
+
+
+if "process_custom_vjp_call" not in vars(_QuaxTrace):
+    _QuaxTrace.process_custom_vjp_call = _process_custom_vjp_call
+if "process_shard_map" not in vars(_QuaxTrace):
+    _QuaxTrace.process_shard_map = _process_shard_map
+
+
+@quax.register(remat_p)
+def _checkpoint(*args, jaxpr, prevent_cse, differentiated, policy, **params):
+    leaves, treedef = jax.tree.flatten(args)
+    body = quax.quaxify(jaxpr_as_fun(ClosedJaxpr(jaxpr, ())))
+    inner = lambda *leaves: body(*jax.tree.unflatten(treedef, leaves))
+    return jax.checkpoint(inner, prevent_cse=prevent_cse, policy=policy)(*leaves)
+
+
+def differentiated_inside(array: quax.ArrayValue) -> bool:
+    """Whether a derivative with respect to `array` is being taken inside `accelerate`.
+
+    A rule is called with the primal values only, the tracers that carry tangents are
+    out of its reach. They are arguments of the differentiating trace that called it,
+    so its frames are looked at, up to the one that entered quax. This happens once, at
+    trace time.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not run.__code__:
+        trace = frame.f_locals.get("self")
+        if isinstance(trace, (ad.JVPTrace, ad.LinearizeTrace)):
+            for tracer in frame.f_locals.get("tracers", ()):
+                if isinstance(tracer, (ad.JVPTracer, ad.LinearizeTracer)):
+                    primal = tracer.primal
+                    value = primal.value if isinstance(primal, _QuaxTracer) else None
+                    if type(value) is type(array) and value.path == array.path:
+                        return True
+        frame = frame.f_back
+    return False

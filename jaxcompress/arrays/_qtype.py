@@ -1,0 +1,73 @@
+"""Number formats: what the codes of a quantized array mean."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+__all__ = ["Activation", "IntType", "float_dtype"]
+
+
+@dataclasses.dataclass(frozen=True)
+class IntType:
+    """Signed integers of `bits` bits, 2 to 8.
+
+    Symmetric integers leave out the lowest code, `-(2^(b-1) - 1) .. 2^(b-1) - 1`, so
+    that zero is exact and a sign change is one of the codes; asymmetric ones use all
+    `2^b` and come with a zero point.
+    """
+
+    bits: int
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"integer widths are 2 to 8 bits; got {self.bits}")
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}" if self.symmetric else f"int{self.bits}_asymmetric"
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def low(self) -> int:
+        """The smallest code."""
+        return -self.high if self.symmetric else -self.high - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """How the activations that meet a quantized weight are quantized.
+
+    Dynamic (`static=False`): the scale is the absolute maximum of each token, that is
+    of each index of the axes that are not contracted, or of the whole tensor with
+    `per_token=False`. Static: one scale for the tensor, fixed by calibration and kept
+    in the array's `act_scale`.
+    """
+
+    qtype: IntType
+    per_token: bool = True
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.qtype.symmetric:
+            raise ValueError("activations are quantized symmetrically; got " + self.qtype.name)
+        if self.static and self.per_token:
+            raise ValueError(
+                "a static activation scale covers the whole tensor: use per_token=False"
+            )
+
+
+def float_dtype(dtype: DTypeLike, path: str = "") -> np.dtype:
+    """`dtype` as a NumPy dtype; raises unless it is a real floating one."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"only floating arrays can be compressed; {path or 'the array'} is "
+            f"{np.dtype(dtype).name}"
+        )
+    return np.dtype(dtype)

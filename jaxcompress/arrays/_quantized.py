@@ -1,0 +1,145 @@
+"""`QuantizedArray`: integer codes and their scales, standing for floats."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays._base import CompressedArray
+from jaxcompress.arrays._granularity import Axes, expand
+from jaxcompress.arrays._packing import pack, unpack
+from jaxcompress.arrays._qtype import Activation, IntType
+from jaxcompress.arrays._rounding import absmax_scale, encode, minmax_scale
+
+__all__ = ["QuantizedArray", "quantize_array"]
+
+
+class QuantizedArray(CompressedArray):
+    """An array of `x ~ (values - zero_point) * scale`.
+
+    Invariants, which every view and slice keeps:
+
+    - `values` are int8 codes of the logical shape; or, if `packed` is set, uint8 bit
+      planes along `packed_axis`, whose logical size is `packed`; or, inside a training
+      step, whole float32 numbers that carry a straight-through gradient.
+    - `scale` (and `zero_point`, int8, or None) has the rank of `values`: size 1 along
+      the axes in `axis`, one entry a group with `group_size`, and the full size along
+      every other axis, so that leading layer and expert axes slice all leaves alike.
+    - `axis` is negative; shapes are read from the leaves, so `x[i]` under `lax.scan`
+      or `jax.vmap` is again a valid array.
+    - `act` says how the activations that meet the array are quantized, None leaves
+      them in floats; `act_scale` is their static scale, of the rank of `values` with
+      size 1 (leading axes apart), or None where the scale is dynamic.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> q = jc.quantize.quantize({"w": jnp.ones((128, 64))}, {"w": jc.quantize.int4()})["w"]
+    >>> q.shape, q.values.shape, q.nbytes
+    ((128, 64), (64, 64), 4352)
+    """
+
+    values: Any
+    scale: Any
+    zero_point: Any = None
+    act_scale: Any = None
+    qtype: IntType = eqx.field(static=True, kw_only=True)
+    axis: Axes = eqx.field(static=True, kw_only=True)
+    group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
+    act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
+    packed: int | None = eqx.field(static=True, kw_only=True, default=None)
+    float_dtype: np.dtype = eqx.field(static=True, kw_only=True, default=np.dtype("float32"))
+    path: str = eqx.field(static=True, kw_only=True, default="")
+
+    @property
+    def packed_axis(self) -> int:
+        """The axis that bit planes and groups run along: the last of `axis`."""
+        return self.axis[-1]
+
+    def aval(self) -> jax.core.ShapedArray:
+        shape = list(self.values.shape)
+        if self.packed is not None:
+            shape[self.packed_axis] = self.packed
+        return jax.core.ShapedArray(tuple(shape), self.float_dtype)
+
+    def codes(self) -> jax.Array:
+        """The codes in the logical shape, unpacked."""
+        if self.packed is None:
+            return self.values
+        return unpack(self.values, self.qtype.bits, self.packed, self.packed_axis)
+
+    def unpacked(self) -> "QuantizedArray":
+        """The same array with one code an element."""
+        return replace(self, values=self.codes(), packed=None)
+
+    def materialise(self) -> jax.Array:
+        """The dense array that this one stands for, in its logical dtype."""
+        codes = self.codes().astype(jnp.float32)
+        if self.zero_point is not None:
+            zero = self.zero_point.astype(jnp.float32)
+            codes = codes - expand(zero, codes.shape, self.axis, self.group_size)
+        scale = expand(self.scale.astype(jnp.float32), codes.shape, self.axis, self.group_size)
+        return (codes * scale).astype(self.float_dtype)
+
+    def __repr__(self) -> str:
+        shape = getattr(self.values, "shape", None)
+        if shape is None:  # a tree of labels or specs in the shape of this array
+            return f"QuantizedArray(values={self.values}, scale={self.scale})"
+        size = ",".join(map(str, self.shape))
+        group = f", group_size={self.group_size}" if self.group_size else ""
+        return (
+            f"QuantizedArray({self.qtype.name}[{size}] as {self.float_dtype.name}, "
+            f"axis={self.axis}{group}, path={self.path!r})"
+        )
+
+
+def replace(array: Any, **changes: Any) -> Any:
+    """`array` with some fields changed, the others kept."""
+    fields = {k: getattr(array, k) for k in array.__dataclass_fields__}
+    return type(array)(**{**fields, **changes})
+
+
+def quantize_array(
+    w: jax.Array,
+    *,
+    qtype: IntType,
+    axis: Axes,
+    group_size: Axes | None = None,
+    act: Activation | None = None,
+    act_scale: jax.Array | None = None,
+    path: str = "",
+) -> QuantizedArray:
+    """Rounds `w` to nearest with scales from its absolute maxima (or its range)."""
+    if qtype.symmetric:
+        scale, zero = absmax_scale(w, axis, group_size, qtype), None
+    else:
+        scale, zero = minmax_scale(w, axis, group_size, qtype)
+    codes = encode(w, scale, zero, qtype, axis, group_size)
+    return store(
+        codes,
+        scale,
+        zero,
+        act_scale,
+        qtype=qtype,
+        axis=axis,
+        group_size=group_size,
+        act=act,
+        float_dtype=np.dtype(w.dtype),
+        path=path,
+    )
+
+
+def store(
+    codes: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    act_scale: jax.Array | None,
+    **static: Any,
+) -> QuantizedArray:
+    """A `QuantizedArray` of whole-number `codes`, bit-packed below eight bits."""
+    values, packed = codes.astype(jnp.int8), None
+    bits, axis = static["qtype"].bits, static["axis"]
+    if bits < 8 and axis:
+        packed = values.shape[axis[-1]]
+        values = pack(values, bits, axis[-1])
+    return QuantizedArray(values, scale, zero_point, act_scale, packed=packed, **static)

@@ -1,0 +1,105 @@
+"""Which implementation of an op runs: a table that is read from the top.
+
+An op lists its implementations, best first, the reference last. Each says for which
+problem it will not do, in words; the first that has nothing to say runs. The answer
+depends on the platform, the shapes and the dtypes only, so that `jaxcompress.explain`
+can state it and a compiled program is stable. There is no fallback at run time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+__all__ = ["PLATFORMS", "Choice", "Implementation", "Problem", "choose", "dispatch"]
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A product `(m, k) x (k, n)`, as far as a choice may depend on it."""
+
+    m: int
+    k: int
+    n: int
+    bits: int = 8
+    group_size: int | None = None
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A named way to do an op, in words too; `refuses(problem, platform)` says why not."""
+
+    name: str
+    does: str
+    run: Callable[..., Any]
+    refuses: Callable[[Problem, str], str | None] = lambda problem, platform: None
+
+
+class Choice(NamedTuple):
+    """The implementation taken, what it does, and what kept the ones above it out."""
+
+    implementation: Implementation
+    why: str
+
+
+def choose(
+    table: Sequence[Implementation],
+    problem: Problem,
+    platform: str,
+    implementation: str | None = None,
+) -> Choice:
+    """The first of `table` that does the problem on the platform, or the named one.
+
+    Raises `ValueError` for a name that is not in the table, and for a named
+    implementation that will not do the problem, with its reason.
+    """
+    if implementation is not None:
+        named = _named(table, implementation)
+        reason = named.refuses(problem, platform)
+        if reason:
+            raise ValueError(f"implementation {implementation!r} cannot run: {reason}")
+        return Choice(named, f"{named.does} (asked for by name)")
+    passed = []
+    for candidate in table:
+        reason = candidate.refuses(problem, platform)
+        if reason is None:
+            break
+        passed.append(f"not {candidate.name}: {reason}")
+    return Choice(candidate, "; ".join([candidate.does, *passed]))
+
+
+def dispatch(
+    table: Sequence[Implementation],
+    problem: Problem,
+    implementation: str | None,
+    *args: jax.Array,
+) -> Any:
+    """Runs the choice of whichever platform the program is compiled for."""
+    if implementation is not None:
+        named = _named(table, implementation)
+        reasons = {p: named.refuses(problem, p) for p in PLATFORMS}
+        usable = [p for p, reason in reasons.items() if reason is None]
+        if not usable:
+            raise ValueError(f"implementation {implementation!r} cannot run: {reasons['cpu']}")
+        if len(usable) == len(PLATFORMS):
+            return named.run(*args)
+        # Lowering for any other platform raises, and names the platforms there are.
+        return jax.lax.platform_dependent(*args, **dict.fromkeys(usable, named.run))
+    chosen = {p: choose(table, problem, p).implementation for p in PLATFORMS}
+    reference = table[-1]
+    special = {p: c.run for p, c in chosen.items() if c is not reference}
+    if not special:
+        return reference.run(*args)
+    return jax.lax.platform_dependent(*args, default=reference.run, **special)
+
+
+def _named(table: Sequence[Implementation], name: str) -> Implementation:
+    for candidate in table:
+        if candidate.name == name:
+            return candidate
+    names = ", ".join(repr(i.name) for i in table)
+    raise ValueError(f"there is no implementation {name!r} of this op; there are {names}")

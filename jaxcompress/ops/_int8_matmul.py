@@ -1,0 +1,187 @@
+"""`int8_matmul`: the product of two int8 arrays, exact in int32, and its scales."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxcompress.ops._choice import Implementation, Problem, dispatch
+
+__all__ = ["MAX_K", "int8_matmul"]
+
+# The longest sum of products of two bytes that an int32 can hold: 2^31 / 128^2, less one.
+MAX_K = 131_071
+
+
+def int8_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    x_scale: jax.Array | None = None,
+    w_scale: jax.Array | None = None,
+    w_zero_point: jax.Array | None = None,
+    group_size: int | None = None,
+    transpose_w: bool = False,
+    dtype: DTypeLike = jnp.float32,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies int8 by int8, sums in int32, and scales the sums.
+
+    `y[m, n] = sum_g s_w[g, n] s_x[m] (sum_(k in g) x[m, k] (w[k, n] - z[g, n]))`
+
+    Args:
+      x: int8 `[..., m, k]`.
+      w: int8 `[k, n]`, or `[..., k, n]` with the leading dimensions of `x`; with
+        `transpose_w`, `[n, k]`.
+      x_scale: a scale for each row of `x`, `[..., m, 1]` or anything that broadcasts
+        to it; None for 1.
+      w_scale: a scale for each column and group of `w`, `[..., g, n]` (`g` is 1 without
+        groups); None for 1.
+      w_zero_point: int8, of the shape of `w_scale`; None for 0.
+      group_size: the neighbouring `k` that share a scale; it need not divide `k`.
+      transpose_w: whether `w` comes as `[n, k]`.
+      dtype: of the scaled result.
+      implementation: "xla" (uint8 x int8 on the CPU), "reference", or None for the
+        first that does the shape on the platform.
+
+    Returns:
+      `[..., m, n]`: exact int32 without scales, of `dtype` with them.
+
+    Raises:
+      TypeError: an operand is not int8.
+      ValueError: shapes do not match, `k` is above 131071 (the sum may leave int32), or
+        the implementation cannot run, with the reason.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> x, w = jnp.full((2, 3), 100, jnp.int8), jnp.full((3, 4), -100, jnp.int8)
+    >>> int(jc.ops.int8_matmul(x, w)[0, 0])
+    -30000
+
+    Jacob et al., 2018, Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference, arXiv:1712.05877.
+    """
+    for name, operand in (("x", x), ("w", w)):
+        if operand.dtype != jnp.int8:
+            raise TypeError(f"int8_matmul takes int8; {name} is {operand.dtype}")
+    lead, m, k, n = matmul_shape(x.shape, w.shape, transpose_w)
+    if k > MAX_K:
+        raise ValueError(f"int8_matmul sums at most k = {MAX_K} products exactly; got k = {k}")
+    if group_size is not None and w_scale is None:
+        raise ValueError("group_size needs a w_scale of shape [..., g, n]")
+    if w.ndim == 2:  # one product of all rows
+        rows = math.prod(lead) * m
+        x, w = x.reshape(1, rows, k), w[None]
+        if x_scale is not None:
+            x_scale = jnp.broadcast_to(x_scale, (*lead, m, 1)).reshape(1, rows, 1)
+        w_scale = None if w_scale is None else w_scale[None]
+        w_zero_point = None if w_zero_point is None else w_zero_point[None]
+    unscaled = x_scale is None and w_scale is None
+    problem = Problem(m=x.shape[-2], k=k, n=n, group_size=group_size)
+    multiply = functools.partial(product, problem=problem, implementation=implementation)
+    sums = scaled_sums(multiply, x, w, x_scale, w_scale, w_zero_point, group_size, transpose_w)
+    return sums.reshape(*lead, m, n).astype(jnp.int32 if unscaled else dtype)
+
+
+def matmul_shape(
+    x: tuple[int, ...], w: tuple[int, ...], transpose_w: bool
+) -> tuple[tuple[int, ...], int, int, int]:
+    """`(leading dimensions, m, k, n)` of a product, or a `ValueError`."""
+    if len(x) < 2 or len(w) < 2:
+        raise ValueError(f"expected x[..., m, k] and w[k, n]; got shapes {x} and {w}")
+    k, n = (w[-1], w[-2]) if transpose_w else (w[-2], w[-1])
+    if x[-1] != k or (len(w) > 2 and w[:-2] != x[:-2]):
+        order = "[..., n, k]" if transpose_w else "[..., k, n]"
+        raise ValueError(f"expected x[..., m, k] and w{order}; got shapes {x} and {w}")
+    return x[:-2], x[-2], k, n
+
+
+def product(
+    x: jax.Array,
+    w: jax.Array,
+    transpose_w: bool,
+    *,
+    problem: Problem,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The int32 sums of `x[..., m, k]` and `w[..., k, n]`, by whichever implementation."""
+    return dispatch(_table(transpose_w), problem, implementation, x, w)
+
+
+def scaled_sums(
+    multiply: Callable[[jax.Array, jax.Array, bool], jax.Array],
+    x: jax.Array,
+    w: jax.Array,
+    x_scale: jax.Array | None,
+    w_scale: jax.Array | None,
+    zero: jax.Array | None,
+    group_size: int | None,
+    transpose_w: bool,
+) -> jax.Array:
+    """The formula of `int8_matmul` around any product of codes, integer or float.
+
+    Training multiplies whole floats here and inference multiplies integers; everything
+    else, down to the order of the roundings, is this one function.
+    """
+    grouped = group_size is not None and group_size < x.shape[-1]
+    if grouped:
+        groups = -(-x.shape[-1] // group_size)
+        pad = groups * group_size - x.shape[-1]
+        w = jnp.swapaxes(w, -1, -2) if transpose_w else w
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
+        w = jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, pad), (0, 0)])
+        x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, group_size), -2, -3)
+        w = w.reshape(*w.shape[:-2], groups, group_size, w.shape[-1])
+        # One row of scales for each group: [..., g, 1, n] against sums [..., g, m, n].
+        w_scale, zero = (None if s is None else s[..., :, None, :] for s in (w_scale, zero))
+        transpose_w = False
+    sums = multiply(x, w, transpose_w)
+    if zero is not None:
+        rows = jnp.sum(x, -1, dtype=sums.dtype, keepdims=True)
+        sums = sums - rows * zero.astype(sums.dtype)
+    if x_scale is None and w_scale is None:
+        return sums
+    sums = sums.astype(jnp.float32)
+    if grouped:
+        sums, w_scale = jnp.sum(sums * w_scale.astype(jnp.float32), -3), None
+    if x_scale is not None:
+        sums = sums * x_scale.astype(jnp.float32)
+    return sums if w_scale is None else sums * w_scale.astype(jnp.float32)
+
+
+@functools.cache
+def _table(transpose_w: bool) -> tuple[Implementation, ...]:
+    def xla(x, w):
+        from jaxcompress.kernels.int8_matmul import xla as kernel
+
+        return kernel.int8_matmul(x, w, transpose_w=transpose_w)
+
+    def reference(x, w):
+        batch = tuple(range(x.ndim - 2))
+        contract = ((x.ndim - 1,), (w.ndim - 1 if transpose_w else w.ndim - 2,))
+        return lax.dot_general(x, w, (contract, (batch, batch)), preferred_element_type=jnp.int32)
+
+    return (
+        Implementation("xla", "uint8 x int8 -> int32 by XLA", xla, _xla_refuses),
+        Implementation("reference", "int8 x int8 -> int32 by lax.dot_general", reference),
+    )
+
+
+def _xla_refuses(problem: Problem, platform: str) -> str | None:
+    if platform != "cpu":
+        return f"it is for the CPU, and {platform} multiplies int8 by itself"
+    if problem.m < MIN_ROWS:
+        return f"{problem.m} rows are fewer than {MIN_ROWS}, where XLA's product pays"
+    return None
+
+
+# Below this XLA:CPU runs a plain loop over the columns.
+MIN_ROWS = 8
+
+
+def table() -> tuple[Implementation, ...]:
+    """The implementations, best first."""
+    return _table(False)

@@ -1,0 +1,173 @@
+"""`quantized_matmul`: float activations times integer weights, decoded on the way."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxcompress.arrays._granularity import expand
+from jaxcompress.arrays._packing import packed_size, unpack
+from jaxcompress.ops._choice import Implementation, Problem, dispatch
+from jaxcompress.ops._int8_matmul import matmul_shape
+
+__all__ = ["quantized_matmul"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    bits: int
+    group_size: int | None
+    transpose_w: bool
+    dtype: str
+    implementation: str | None
+
+
+def quantized_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    *,
+    bits: int = 8,
+    group_size: int | None = None,
+    transpose_w: bool = False,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies floats by integer weights that are decoded on the way.
+
+    `y[m, n] = sum_k x[m, k] (w[k, n] - z[g(k), n]) s[g(k), n]`
+
+    Args:
+      x: f32, bf16 or f16 `[..., m, k]`.
+      w: int8 codes `[k, n]`, or below eight bits the uint8 bit planes that
+        `QuantizedArray` stores along `k`; or either with the leading dimensions of `x`;
+        with `transpose_w`, `[n, k]`.
+      scale: `[..., g, n]`, where `g` is 1, or the number of groups; with
+        `transpose_w`, `[..., n, g]`.
+      zero_point: int8, of the shape of `scale`; None for 0.
+      bits: of a code, 2 to 8.
+      group_size: the neighbouring `k` that share a scale; it need not divide `k`.
+      transpose_w: whether `w` comes as `[n, k]`.
+      dtype: of the result; that of `x` by default.
+      implementation: "reference", or None for the first that does the shape on the
+        platform.
+
+    Returns:
+      `[..., m, n]` of `dtype`, summed in float32. Differentiable in `x` and `scale`.
+
+    Raises:
+      TypeError: `x` is not floating, or `w` neither int8 nor packed uint8.
+      ValueError: shapes do not match, or the implementation cannot run.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> w, scale = jnp.full((3, 4), 100, jnp.int8), jnp.full((1, 4), 0.01)
+    >>> float(jc.ops.quantized_matmul(jnp.ones((2, 3)), w, scale)[0, 0])
+    3.0
+
+    Frantar et al., 2024, MARLIN: Mixed-Precision Auto-Regressive Parallel Inference on
+    Large Language Models, arXiv:2408.11743.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"quantized_matmul takes floating activations; x is {x.dtype}")
+    if w.dtype not in (jnp.int8, jnp.uint8) or (w.dtype == jnp.uint8 and bits == 8):
+        raise TypeError(f"w must be int8, or packed uint8 of 2 to 7 bits; it is {w.dtype}")
+    shape = list(w.shape)
+    along = w.ndim - 1 if transpose_w else w.ndim - 2
+    if w.dtype == jnp.uint8:
+        if shape[along] != packed_size(x.shape[-1], bits):
+            raise ValueError(
+                f"{x.shape[-1]} codes of {bits} bits take {packed_size(x.shape[-1], bits)} "
+                f"bytes along axis {along}; w has the shape {w.shape}"
+            )
+        shape[along] = x.shape[-1]
+    lead, m, _, n = matmul_shape(x.shape, tuple(shape), transpose_w)
+    static = _Static(
+        bits, group_size, transpose_w, jnp.dtype(dtype or x.dtype).name, implementation
+    )
+    if w.ndim == 2:
+        flat = x.reshape(1, math.prod(lead) * m, x.shape[-1])
+        zero = None if zero_point is None else zero_point[None]
+        out = _matmul(static, flat, w[None], scale[None], zero)
+    else:
+        out = _matmul(static, x, w, scale, zero_point)
+    return out.reshape(*lead, m, n)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(static, x, w, scale, zero_point):
+    problem = Problem(
+        m=x.shape[-2],
+        k=x.shape[-1],
+        n=w.shape[-2] if static.transpose_w else w.shape[-1],
+        bits=static.bits,
+        group_size=static.group_size,
+        dtype=x.dtype.name,
+    )
+    return dispatch(_table(static), problem, static.implementation, x, w, scale, zero_point)
+
+
+def _forward(static, x, w, scale, zero_point):
+    return _matmul(static, x, w, scale, zero_point), (x, w, scale, zero_point)
+
+
+def _backward(static, residuals, g):
+    x, w, scale, zero_point = residuals
+    run = lambda x, scale: _reference(static, x, w, scale, zero_point)
+    dx, dscale = jax.vjp(run, x, scale)[1](g)
+    return dx, None, dscale, None
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _reference(static: _Static, x, w, scale, zero_point):
+    codes = w
+    if w.dtype == jnp.uint8:
+        codes = unpack(w, static.bits, x.shape[-1], -1 if static.transpose_w else -2)
+    return scaled_dot(x, codes, scale, zero_point, static.group_size, static.transpose_w).astype(
+        static.dtype
+    )
+
+
+def scaled_dot(x, codes, scale, zero_point, group_size, transpose_w) -> jax.Array:
+    """The executable specification, in float32: scales after the sum where they can be.
+
+    `codes` may be integers, or whole floats that carry a gradient.
+    """
+    along = -1 if transpose_w else -2
+    k = x.shape[-1]
+    scale = scale.astype(jnp.float32)
+    codes = codes.astype(x.dtype)
+    if group_size is not None and group_size < k:
+        sizes = (group_size,)
+        if zero_point is not None:
+            codes = codes - expand(zero_point.astype(x.dtype), codes.shape, (along,), sizes)
+        decoded = codes.astype(jnp.float32) * expand(scale, codes.shape, (along,), sizes)
+        return float_dot(x, decoded.astype(x.dtype), transpose_w)
+    if zero_point is not None:
+        codes = codes - zero_point.astype(x.dtype)
+    columns = jnp.swapaxes(scale, -1, -2) if transpose_w else scale
+    return float_dot(x, codes, transpose_w) * columns
+
+
+def float_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
+    """`x[..., m, k] @ w[..., k, n]`, summed in float32 or wider."""
+    batch = tuple(range(x.ndim - 2))
+    contract = ((x.ndim - 1,), (w.ndim - 1 if transpose_w else w.ndim - 2,))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return lax.dot_general(x, w, (contract, (batch, batch)), preferred_element_type=wide)
+
+
+def _table(static: _Static | None) -> tuple[Implementation, ...]:
+    run = functools.partial(_reference, static)
+    return (Implementation("reference", "a float product of the decoded codes", run),)
+
+
+def table() -> tuple[Implementation, ...]:
+    """The implementations, best first."""
+    return _table(None)

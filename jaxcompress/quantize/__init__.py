@@ -1,0 +1,34 @@
+"""Quantization: specs, rounding to nearest, and training for it."""
+
+from jaxcompress.quantize._qat import convert, freeze, prepare_qat, trainable
+from jaxcompress.quantize._quantize import quantize
+from jaxcompress.quantize._specs import (
+    Spec,
+    int2,
+    int3,
+    int4,
+    int8,
+    w4a4,
+    w4a8,
+    w4a16,
+    w8a8,
+    w8a16,
+)
+
+__all__ = [
+    "Spec",
+    "convert",
+    "freeze",
+    "int2",
+    "int3",
+    "int4",
+    "int8",
+    "prepare_qat",
+    "quantize",
+    "trainable",
+    "w4a4",
+    "w4a8",
+    "w4a16",
+    "w8a8",
+    "w8a16",
+]
