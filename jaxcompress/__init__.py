@@ -1,6 +1,6 @@
 """Model compression for JAX, as functional transforms."""
 
-from jaxcompress import arrays, ops, quantize, statistics
+from jaxcompress import arrays, distill, io, ops, prune, quantize, statistics
 from jaxcompress._accelerate import accelerate
 from jaxcompress._accelerate._explain import explain
 from jaxcompress._calibrate import calibrate

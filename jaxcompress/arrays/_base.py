@@ -43,14 +43,13 @@ class CompressedArray(quax.ArrayValue):
         """The next simpler form that rules know: a `QuantizedArray`, or a dense array."""
         return self
 
-    def note(self, primitive: Primitive, op: str, implementation: str, why: str) -> None:
+    def note(self, primitive: Primitive | str, op: str, implementation: str, why: str) -> None:
         """Tells `jaxcompress.explain` what becomes of this array."""
         here = listener()
         if here is not None:
+            name = primitive if isinstance(primitive, str) else primitive.name
             kind = type(self).__name__
-            here.uses.append(
-                Use(self.path, kind, primitive.name, op, implementation, why, self.nbytes)
-            )
+            here.uses.append(Use(self.path, kind, name, op, implementation, why, self.nbytes))
 
     def decoded_for(self, primitive: Primitive, why: str = "no rule for it") -> jax.Array:
         """The dense array, for a primitive that cannot take this one as it is."""

@@ -1,0 +1,152 @@
+"""`BitmapSparseArray`: one bit for each weight, and the values of those that are kept."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays._base import CompressedArray
+from jaxcompress.arrays._granularity import Axes
+from jaxcompress.arrays._packing import pack, unpack
+from jaxcompress.arrays._qtype import Activation, IntType
+from jaxcompress.arrays._quantized import QuantizedArray
+
+__all__ = ["BitmapSparseArray", "bitmap_of"]
+
+
+class BitmapSparseArray(CompressedArray):
+    """A sparse array of any pattern: a bitmap, and the kept values in row-major order.
+
+    Invariants:
+
+    - `bitmap` is uint8 `[..., ceil(size / 8)]`, one bit for each element of `core`, the
+      trailing shape that is flattened, lowest bit first; leading axes (layers, experts)
+      stay axes of every leaf, so slices are valid arrays.
+    - `values` is `[..., kept]`: floats; or with a `qtype` int8 codes, bit-packed below
+      eight bits. Where leading indices keep different numbers, the rest is padding.
+    - `scale` and `act_scale` are those of the `QuantizedArray` that the codes belong to;
+      a dropped element is exactly 0.
+
+    There is no product of its own yet: `jaxcompress.accelerate` puts the zeros back, in
+    integers where the values are quantized, and multiplies that.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> w = jnp.diag(jnp.arange(1.0, 9.0))
+    >>> jc.prune.pack({"w": w}, {"w": w != 0})["w"].nbytes
+    40
+    """
+
+    bitmap: Any
+    values: Any
+    scale: Any = None
+    act_scale: Any = None
+    core: tuple[int, ...] = eqx.field(static=True, kw_only=True)
+    kept: int = eqx.field(static=True, kw_only=True)
+    qtype: IntType | None = eqx.field(static=True, kw_only=True, default=None)
+    axis: Axes = eqx.field(static=True, kw_only=True, default=())
+    group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
+    act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
+    float_dtype: np.dtype = eqx.field(static=True, kw_only=True, default=np.dtype("float32"))
+    path: str = eqx.field(static=True, kw_only=True, default="")
+
+    def aval(self) -> jax.core.ShapedArray:
+        return jax.core.ShapedArray((*self.bitmap.shape[:-1], *self.core), self.float_dtype)
+
+    def mask(self) -> jax.Array:
+        """True where an element is kept."""
+        bits = jnp.unpackbits(self.bitmap, axis=-1, bitorder="little")
+        return bits[..., : math.prod(self.core)].reshape(self.shape).astype(bool)
+
+    def dense(self) -> jax.Array:
+        """Values or codes in the logical shape, zeros put back."""
+        values = self.values
+        if self.qtype is not None and self.qtype.bits < 8:
+            values = unpack(values, self.qtype.bits, self.kept, -1)
+        scatter = _scatter
+        for _ in self.bitmap.shape[:-1]:
+            scatter = jax.vmap(scatter)
+        return scatter(self.bitmap, values)[..., : math.prod(self.core)].reshape(self.shape)
+
+    def lowered(self) -> QuantizedArray | jax.Array:
+        self.note("expand", "bitmap", "reference", "zeros are put back: no sparse product yet")
+        return self._expanded()
+
+    def _expanded(self) -> QuantizedArray | jax.Array:
+        if self.qtype is None:
+            return self.dense().astype(self.float_dtype)
+        return QuantizedArray(
+            self.dense(),
+            self.scale,
+            None,
+            self.act_scale,
+            qtype=self.qtype,
+            axis=self.axis,
+            group_size=self.group_size,
+            act=self.act,
+            float_dtype=self.float_dtype,
+            path=self.path,
+        )
+
+    def materialise(self) -> jax.Array:
+        """The dense array that this one stands for, in its logical dtype."""
+        full = self._expanded()
+        return full.materialise() if isinstance(full, QuantizedArray) else full
+
+    def __repr__(self) -> str:
+        if not hasattr(self.bitmap, "shape"):  # a tree of labels or specs in its shape
+            return f"BitmapSparseArray(bitmap={self.bitmap}, values={self.values})"
+        kind = self.qtype.name if self.qtype else self.float_dtype.name
+        density = self.kept / max(1, math.prod(self.core))
+        return (
+            f"BitmapSparseArray({kind}[{','.join(map(str, self.shape))}], "
+            f"{1 - density:.1%} zeros, path={self.path!r})"
+        )
+
+
+def _scatter(bitmap: jax.Array, values: jax.Array) -> jax.Array:
+    """`values` to where the bits of `bitmap` are set, 0 elsewhere."""
+    if values.size == 0:
+        return jnp.zeros(bitmap.size * 8, values.dtype)
+    ones = jax.lax.population_count(bitmap).astype(jnp.int32)
+    before = jnp.cumsum(ones) - ones  # kept in earlier bytes
+    places = jnp.arange(8, dtype=jnp.uint8)
+    below = (jnp.uint8(1) << places) - jnp.uint8(1)
+    rank = before[:, None] + jax.lax.population_count(bitmap[:, None] & below).astype(jnp.int32)
+    bit = (bitmap[:, None] >> places) & 1
+    found = jnp.take(values, rank, mode="clip")
+    return jnp.where(bit == 1, found, jnp.zeros((), values.dtype)).reshape(-1)
+
+
+def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, path: str) -> Any:
+    """`array` where `mask` keeps it, as a `BitmapSparseArray`; outside `jit`.
+
+    Codes that are zero anyway are dropped too. The first `leading` axes stay axes.
+    """
+    quantized = isinstance(array, QuantizedArray)
+    values = np.asarray(array.codes() if quantized else array)
+    keep = np.asarray(mask) & (values != 0)
+    lead, core = values.shape[:leading], values.shape[leading:]
+    size, rows = math.prod(core), math.prod(lead)
+    values, keep = values.reshape(rows, size), keep.reshape(rows, size)
+    bitmap = np.packbits(keep, axis=-1, bitorder="little")
+    kept = int(keep.sum(-1).max(initial=0))
+    packed = np.zeros((rows, kept), values.dtype)
+    for row in range(rows):
+        found = values[row, keep[row]]
+        packed[row, : found.size] = found
+    stored = jnp.asarray(packed.reshape(*lead, kept))
+    static: dict[str, Any] = dict(core=core, kept=kept, path=path)
+    scales: dict[str, Any] = {}
+    if quantized:
+        if array.qtype.bits < 8:
+            stored = pack(stored, array.qtype.bits, -1)
+        names = ("qtype", "axis", "group_size", "act", "float_dtype")
+        static |= {name: getattr(array, name) for name in names}
+        scales = dict(scale=array.scale, act_scale=array.act_scale)
+    else:
+        static["float_dtype"] = np.dtype(array.dtype)
+    bitmap = jnp.asarray(bitmap.reshape(*lead, bitmap.shape[-1]))
+    return BitmapSparseArray(bitmap, stored, **scales, **static)

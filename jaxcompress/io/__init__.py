@@ -1,0 +1,5 @@
+"""Files: compressed checkpoints that come back to the same bits."""
+
+from jaxcompress.io._save import LoadError, load, save
+
+__all__ = ["LoadError", "load", "save"]

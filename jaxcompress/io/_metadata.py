@@ -1,0 +1,73 @@
+"""How containers and their static fields are written down: as JSON, and no other way."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxcompress.arrays import (
+    Activation,
+    BitmapSparseArray,
+    CompressedArray,
+    FakeQuantArray,
+    IntType,
+    QuantizedArray,
+)
+
+__all__ = ["array_fields", "describe", "rebuild"]
+
+_CONTAINERS = {
+    c.__name__: c for c in (QuantizedArray, FakeQuantArray, BitmapSparseArray)
+}
+_VALUES = {c.__name__: c for c in (IntType, Activation)}
+
+
+def describe(array: CompressedArray) -> dict[str, Any]:
+    """The class of a container and its static fields, those with a default value left out."""
+    static = {
+        f.name: _encode(getattr(array, f.name))
+        for f in dataclasses.fields(array)
+        if f.metadata.get("static") and getattr(array, f.name) != f.default and f.name != "path"
+    }
+    return {"class": type(array).__name__, **static}
+
+
+def array_fields(array: CompressedArray) -> dict[str, Any]:
+    """The fields of a container that hold arrays, those that are None left out."""
+    found = {
+        f.name: getattr(array, f.name)
+        for f in dataclasses.fields(array)
+        if not f.metadata.get("static")
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def rebuild(description: dict[str, Any], arrays: dict[str, Any], path: str) -> CompressedArray:
+    """The container that `describe` described; any mismatch is a `KeyError` or `TypeError`."""
+    cls = _CONTAINERS[description["class"]]
+    static = {k: _decode(v) for k, v in description.items() if k != "class"}
+    return cls(**arrays, **static, path=path)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, np.dtype):
+        return {"dtype": value.name}
+    if type(value).__name__ in _VALUES:
+        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {type(value).__name__: fields}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a static field of type {type(value).__name__} cannot be saved")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, dict):
+        [(name, inner)] = value.items()
+        if name == "dtype":
+            return np.dtype(inner)
+        return _VALUES[name](**{k: _decode(v) for k, v in inner.items()})
+    return value

@@ -1,0 +1,103 @@
+"""Masks of any scores: the core that every form of pruning shares."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcompress._paths import leaves_with_paths
+from jaxcompress._rules import Patterns, matched
+from jaxcompress.arrays import FakeQuantArray, QuantizedArray, is_compressed
+from jaxcompress.prune._patterns import Pattern
+from jaxcompress.prune._schedules import constant
+from jaxcompress.prune._select import COLD, keep_largest
+
+__all__ = ["choose", "mask", "prunable", "weight_of"]
+
+
+def mask(scores: Any, pattern: Pattern, sparsity: float, *, rules: Patterns | None = None) -> Any:
+    """Masks that keep the largest of any scores, True where a weight is kept.
+
+    Each leaf has the same sparsity: `size - floor(sparsity * size + 1/2)` units are kept
+    in it exactly, ties in favour of the lower index.
+
+    Args:
+      scores: a tree of floating arrays, `jax.tree.map(jnp.abs, params)` for instance.
+      pattern: `unstructured()`, `nm(2, 4, axis=-2)`, ...
+      sparsity: the fraction of zeros; for `nm` the share of constrained groups.
+      rules: patterns of the paths to prune; floating leaves of two dimensions and more
+        if None.
+
+    Returns:
+      A tree like `scores` of bool arrays, `optax.MaskedNode()` where nothing is pruned.
+
+    Raises:
+      ValueError: a sparsity outside 0 to 1, a rule that matches nothing, or nothing to
+        prune.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> jc.prune.mask({"w": jnp.arange(4.0).reshape(2, 2)}, jc.prune.unstructured(), 0.75)
+    {'w': Array([[False, False],
+           [False,  True]], dtype=bool)}
+    """
+    schedule = constant(sparsity)
+    chosen = prunable(scores, rules)
+    paths = [path for path, _ in leaves_with_paths(scores)]
+    leaves, treedef = jax.tree.flatten(scores, is_leaf=is_compressed)
+    wanted = {path: leaf for path, leaf in zip(paths, leaves) if path in chosen}
+    starts = {path: jnp.asarray(COLD) for path in wanted}
+    masks, _ = choose(wanted, pattern, lambda size: schedule.kept(jnp.int32(0), size), starts)
+    return treedef.unflatten([masks.get(path, optax.MaskedNode()) for path in paths])
+
+
+def choose(
+    scores: Mapping[str, jax.Array],
+    pattern: Pattern,
+    kept: Callable[[int], jax.Array],
+    starts: Mapping[str, jax.Array],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Masks by path, and the thresholds from which the next search starts."""
+    masks, thresholds = {}, {}
+    for path, score in scores.items():
+        units = pattern.units(path, score)
+        [keep], thresholds[path] = keep_largest([units], kept(units.size), starts[path])
+        masks[path] = pattern.spread(path, keep, score)
+    return masks, thresholds
+
+
+def weight_of(leaf: Any) -> Any:
+    """The array of a leaf that is pruned: the float weight of a `FakeQuantArray`."""
+    return leaf.weight if isinstance(leaf, FakeQuantArray) else leaf
+
+
+def prunable(params: Any, rules: Patterns | None) -> set[str]:
+    """The paths that are pruned: what `rules` name, or every floating matrix and more."""
+    leaves = leaves_with_paths(params)
+    if rules is not None:
+        chosen = matched(params, rules)
+        for path, leaf in leaves:
+            if path in chosen and not _floating(leaf):
+                raise TypeError(
+                    f"{path!r} cannot be pruned: it is {_describe(leaf)}, and pruning needs a "
+                    "floating array or a FakeQuantArray"
+                )
+    else:
+        chosen = {path for path, leaf in leaves if _floating(leaf) and leaf.ndim >= 2}
+    if not chosen:
+        found = ", ".join(f"{path!r} {_describe(leaf)}" for path, leaf in leaves) or "no leaf"
+        raise ValueError(f"there is no floating leaf of two dimensions to prune; there is {found}")
+    return chosen
+
+
+def _floating(leaf: Any) -> bool:
+    if is_compressed(leaf) and not isinstance(leaf, FakeQuantArray):
+        return False
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _describe(leaf: Any) -> str:
+    if is_compressed(leaf):
+        return f"a {type(leaf).__name__}"
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__

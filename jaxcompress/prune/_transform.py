@@ -1,0 +1,354 @@
+"""Pruning inside an optimizer: the last link of a chain, or a wrapper around it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxcompress._paths import leaves_with_paths, path_string
+from jaxcompress._rules import Patterns
+from jaxcompress.arrays import is_compressed
+from jaxcompress.arrays._quantized import replace
+from jaxcompress.prune._criteria import Criterion
+from jaxcompress.prune._mask import choose, prunable, weight_of
+from jaxcompress.prune._patterns import Pattern
+from jaxcompress.prune._schedules import Schedule
+from jaxcompress.prune._select import COLD
+
+__all__ = ["PruneState", "SparsifyState", "keep", "masks", "prune", "sparsify"]
+
+
+class PruneState(NamedTuple):
+    """The number of updates, the masks, and where the next search for them starts.
+
+    `masks` is a tree like the parameters: bool arrays, True where a weight is kept, and
+    `optax.MaskedNode()` where nothing is pruned.
+    """
+
+    count: jax.Array
+    masks: Any
+    thresholds: dict[str, jax.Array]
+    memory: dict[str, Any]
+
+
+class SparsifyState(NamedTuple):
+    """The state of the wrapped optimizer, and that of the pruning around it."""
+
+    inner: Any
+    pruning: PruneState
+
+
+def prune(
+    criterion: Criterion, pattern: Pattern, schedule: Schedule, *, rules: Patterns | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes as the last link of `optax.chain`, after any optimizer.
+
+    After every applied update the pruned weights are exactly 0.0. While the schedule
+    lasts, masks are chosen anew from the updated weights, so that what was pruned can
+    come back; it keeps no gradients, and the moments of the optimizer before it are not
+    touched (`sparsify` clears them).
+
+    Args:
+      criterion: one that needs no gradients, as `magnitude()`; this link sees what the
+        optimizer made of them.
+      pattern: `unstructured()`, `nm(2, 4, axis=-2)`, ...
+      schedule: `polynomial(0.9, begin=0, end=1000)`, `constant(0.9)`, ...
+      rules: patterns of the paths to prune; every floating leaf of two dimensions and
+        more if None. The weight of a `FakeQuantArray` is pruned like any other.
+
+    Returns:
+      A gradient transformation whose `update` needs `params`. `masks` finds the masks.
+
+    Raises:
+      ValueError: a criterion that needs gradients; `params` missing; a rule that matches
+        nothing.
+      TypeError: a rule names a leaf that is not floating.
+
+    >>> import jax.numpy as jnp, optax, jaxcompress as jc
+    >>> tx = optax.chain(
+    ...     optax.sgd(0.1),
+    ...     jc.prune.prune(jc.prune.magnitude(), jc.prune.unstructured(), jc.prune.constant(0.5)),
+    ... )
+    >>> params = {"w": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
+    >>> updates, state = tx.update({"w": jnp.ones((2, 2))}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["w"]
+    Array([[ 0. ,  0. ],
+           [ 2.9, -4.1]], dtype=float32)
+
+    Zhu and Gupta, 2017, arXiv:1710.01878.
+    """
+    if criterion.needs_gradients:
+        raise ValueError(
+            f"{criterion.name} needs gradients, and the last link of a chain sees updates: use "
+            "jc.prune.sparsify(optimizer, criterion, pattern, schedule)"
+        )
+
+    def init(params: Any) -> PruneState:
+        return _init(params, criterion, rules)
+
+    def update(
+        updates: Any, state: PruneState, params: Any = None, **extra: Any
+    ) -> tuple[Any, PruneState]:
+        del extra
+        return _advance(updates, None, state, params, criterion, pattern, schedule)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def sparsify(
+    inner: optax.GradientTransformation,
+    criterion: Criterion,
+    pattern: Pattern,
+    schedule: Schedule,
+    *,
+    rules: Patterns | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes around an optimizer: dense gradients for the criterion, masked ones inside.
+
+    After every applied update the pruned weights are exactly 0.0, and so is every moment
+    of `inner` that belongs to a weight that is pruned, or was until now.
+
+    Args:
+      inner: any optimizer, `optax.adam(1e-3)` or a chain.
+      criterion: any; it sees the raw gradients.
+      pattern, schedule, rules: as for `prune`.
+
+    Returns:
+      A gradient transformation whose `update` needs `params`. `masks` finds the masks.
+
+    Raises:
+      ValueError, TypeError: as `prune`, but for the criterion.
+
+    >>> import jax.numpy as jnp, optax, jaxcompress as jc
+    >>> tx = jc.prune.sparsify(
+    ...     optax.adam(0.1), jc.prune.magnitude(), jc.prune.unstructured(), jc.prune.constant(0.5)
+    ... )
+    >>> params = {"w": jnp.array([[1.0, -2.0], [3.0, -4.0]])}
+    >>> updates, state = tx.update({"w": jnp.ones((2, 2))}, tx.init(params), params)
+    >>> optax.tree.get(state, "mu")["w"]
+    Array([[0. , 0. ],
+           [0.1, 0.1]], dtype=float32)
+
+    Evci et al., 2020, Rigging the Lottery, arXiv:1911.11134.
+    """
+    inner_tx = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> SparsifyState:
+        return SparsifyState(inner_tx.init(params), _init(params, criterion, rules))
+
+    def update(
+        updates: Any, state: SparsifyState, params: Any = None, **extra: Any
+    ) -> tuple[Any, SparsifyState]:
+        _need_params(params)
+        before = state.pruning.masks
+        masked = _map_pruned(
+            lambda g, m: jnp.where(m, g, jnp.zeros_like(g)), params, updates, before
+        )
+        new, inner_state = inner_tx.update(masked, state.inner, params, **extra)
+        new, pruning = _advance(
+            new, updates, state.pruning, params, criterion, pattern, schedule
+        )
+        keep = jax.tree.map(jnp.logical_and, before, pruning.masks)
+        return new, SparsifyState(_clear(inner_state, params, keep), pruning)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def keep(masks: Any) -> optax.GradientTransformationExtraArgs:
+    """Keeps what given masks keep, as the last link of a chain: fine-tuning, lottery tickets.
+
+    After every applied update the weights that the masks drop are exactly 0.0.
+
+    Args:
+      masks: a tree like the parameters, from `masks` or `mask`: bool arrays, True keeps,
+        and `optax.MaskedNode()` where nothing is pruned.
+
+    Returns:
+      A gradient transformation whose `update` needs `params`.
+
+    Raises:
+      ValueError: `params` missing, or a mask of another shape than its parameter.
+
+    >>> import jax.numpy as jnp, optax, jaxcompress as jc
+    >>> params = {"w": jnp.array([[1.0, -2.0]])}
+    >>> tx = optax.chain(optax.sgd(0.1), jc.prune.keep({"w": jnp.array([[False, True]])}))
+    >>> updates, _ = tx.update({"w": jnp.ones((1, 2))}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["w"]
+    Array([[ 0. , -2.1]], dtype=float32)
+
+    Frankle and Carbin, 2019, The Lottery Ticket Hypothesis, arXiv:1803.03635.
+    """
+
+    def init(params: Any) -> PruneState:
+        treedef = jax.tree.structure(params, is_leaf=is_compressed)
+        for (path, leaf), m in zip(leaves_with_paths(params), treedef.flatten_up_to(masks)):
+            if not _is_nothing(m) and m.shape != leaf.shape:
+                raise ValueError(f"{path!r} has the shape {leaf.shape}, its mask {m.shape}")
+        return PruneState(jnp.zeros([], jnp.int32), masks, {}, {})
+
+    def update(
+        updates: Any, state: PruneState, params: Any = None, **extra: Any
+    ) -> tuple[Any, PruneState]:
+        del extra
+        _need_params(params)
+        zeroed = _map_pruned(_to_zero, params, updates, state.masks, params)
+        return zeroed, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def masks(state: Any) -> Any:
+    """The masks in an optimizer state, wherever in it the pruning is.
+
+    Args:
+      state: of any nesting of Optax transformations that has `prune` or `sparsify` in it.
+
+    Returns:
+      A tree like the parameters of bool arrays, True where a weight is kept, and
+      `optax.MaskedNode()` where nothing is pruned. Prunings of different parameters
+      (`optax.multi_transform`) are merged.
+
+    Raises:
+      ValueError: there is no pruning in the state, or two of the same parameter.
+
+    >>> import jax.numpy as jnp, optax, jaxcompress as jc
+    >>> tx = optax.MultiSteps(
+    ...     jc.prune.sparsify(
+    ...         optax.sgd(0.1), jc.prune.magnitude(), jc.prune.unstructured(), jc.prune.constant(0.5)
+    ...     ),
+    ...     every_k_schedule=2,
+    ... )
+    >>> jc.prune.masks(tx.init({"w": jnp.ones((1, 2))}))
+    {'w': Array([[ True,  True]], dtype=bool)}
+    """
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PruneState))
+    found = [leaf.masks for leaf in leaves if isinstance(leaf, PruneState)]
+    if not found:
+        raise ValueError("there is no pruning in this state: prune and sparsify put it there")
+
+    def merge(path: Any, *options: Any) -> Any:
+        real = [o for o in options if not _is_nothing(o)]
+        if len(real) > 1:
+            raise ValueError(f"{path_string(path)!r} is pruned by {len(real)} transformations")
+        return real[0] if real else optax.MaskedNode()
+
+    return jax.tree_util.tree_map_with_path(merge, *found, is_leaf=_is_nothing)
+
+
+def _is_nothing(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _need_params(params: Any) -> None:
+    if params is None:
+        raise ValueError("pruning needs the parameters: tx.update(grads, state, params)")
+
+
+def _init(params: Any, criterion: Criterion, rules: Patterns | None) -> PruneState:
+    chosen = prunable(params, rules)
+    leaves = leaves_with_paths(params)
+    treedef = jax.tree.structure(params, is_leaf=is_compressed)
+    weights = {path: weight_of(leaf) for path, leaf in leaves if path in chosen}
+    return PruneState(
+        jnp.zeros([], jnp.int32),
+        treedef.unflatten(
+            [
+                jnp.ones_like(weights[path], bool) if path in chosen else optax.MaskedNode()
+                for path, _ in leaves
+            ]
+        ),
+        {path: jnp.asarray(COLD) for path in weights},
+        {path: criterion.init(w) for path, w in weights.items()},
+    )
+
+
+def _advance(
+    updates: Any,
+    grads: Any | None,
+    state: PruneState,
+    params: Any,
+    criterion: Criterion,
+    pattern: Pattern,
+    schedule: Schedule,
+) -> tuple[Any, PruneState]:
+    """One update: scores, masks if they are due, and exact zeros where pruned."""
+    _need_params(params)
+    treedef = jax.tree.structure(params, is_leaf=is_compressed)
+    paths = [path for path, _ in leaves_with_paths(params)]
+    columns = [
+        params,
+        updates,
+        state.masks,
+        grads if grads is not None else treedef.unflatten([None] * treedef.num_leaves),
+    ]
+    rows = zip(paths, *(treedef.flatten_up_to(column) for column in columns))
+    rows = [row for row in rows if not _is_nothing(row[3])]
+    scores, memory, old = {}, {}, {}
+    for path, p, u, m, g in rows:
+        # The weight as optax.apply_updates will make it.
+        w = (weight_of(p) + weight_of(u)).astype(weight_of(p).dtype)
+        grad = None if g is None else weight_of(g)
+        scores[path], memory[path] = criterion.score(w, grad, state.memory[path])
+        old[path] = m
+
+    def anew(_: Any) -> tuple[Any, Any]:
+        kept = lambda size: schedule.kept(state.count, size)
+        return choose(scores, pattern, kept, state.thresholds)
+
+    def as_before(_: Any) -> tuple[Any, Any]:
+        return old, dict(state.thresholds)
+
+    if schedule.begin == 0 and schedule.end is None and schedule.every == 1:
+        new, thresholds = anew(None)
+    else:
+        new, thresholds = lax.cond(schedule.due(state.count), anew, as_before, None)
+    new_masks = treedef.unflatten([new.get(path, optax.MaskedNode()) for path in paths])
+    zeroed = _map_pruned(_to_zero, params, updates, new_masks, params)
+    return zeroed, PruneState(optax.safe_increment(state.count), new_masks, thresholds, memory)
+
+
+def _to_zero(u: jax.Array, m: jax.Array, p: jax.Array) -> jax.Array:
+    """The update that leaves exactly zero: `-p`, not rounded to a narrower dtype."""
+    dtype = jnp.promote_types(u.dtype, p.dtype)
+    return jnp.where(m, u.astype(dtype), -p.astype(dtype))
+
+
+def _map_pruned(fn: Any, params: Any, updates: Any, masks: Any, *rest: Any) -> Any:
+    """`fn(update, mask, *rest)` of the weights that have a mask; other updates as they are."""
+    treedef = jax.tree.structure(params, is_leaf=is_compressed)
+    out = []
+    for u, m, *others in zip(*(treedef.flatten_up_to(t) for t in (updates, masks, *rest))):
+        if _is_nothing(m):
+            out.append(u)
+            continue
+        new = fn(weight_of(u), m, *map(weight_of, others))
+        out.append(replace(u, weight=new) if is_compressed(u) else new)
+    return treedef.unflatten(out)
+
+
+def _clear(state: Any, params: Any, keep: Any) -> Any:
+    """Zeroes what an optimizer remembers of weights that are pruned, or were until now.
+
+    A leaf of its state belongs to a parameter if its path ends with the parameter's and
+    it has its shape: true of moments in any wrapper, without knowing the wrapper.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
+    by_path = {}
+    for (path, leaf), mask in zip(flat, treedef.flatten_up_to(keep)):
+        if not _is_nothing(mask):
+            inside = (".weight",) if is_compressed(leaf) else ()
+            by_path[(*map(str, path), *inside)] = mask
+
+    def clear(path: Any, leaf: Any) -> Any:
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        keys = tuple(map(str, path))
+        for start in range(len(keys) + 1):
+            mask = by_path.get(keys[start:])
+            if mask is not None and mask.shape == leaf.shape:
+                return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(clear, state)
