@@ -64,7 +64,7 @@ class Observed(NamedTuple):
     """
 
     value: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
     def of(self, path: str) -> jax.Array:
         """The value; raises `ValueError` if any part of it comes from no rows at all."""
@@ -134,14 +134,15 @@ def _step(fn: Callable, layouts: Any, statistic: Statistic, wanted: set[str] | N
     tie = _tie(statistic)
 
     def observed(path: str, leaf: Any, found: Layout | None) -> bool:
-        plain = is_weight(leaf) and not is_compressed(leaf)
-        return plain and found.contract is not None and (wanted is None or path in wanted)
+        if found is None or found.contract is None or is_compressed(leaf):
+            return False
+        return wanted is None or path in wanted
 
     def step(params: Any, batch: Any) -> Any:
         flags = map_with_paths(observed, params, layouts)
 
         def tap(path: str, leaf: Any, found: Layout | None, flag: bool) -> Any:
-            if not flag:
+            if found is None or found.contract is None or not flag:
                 return None
             k = math.prod(leaf.shape[a] for a in found.contract)
             lead = [leaf.shape[a] if a in found.batch else 1 for a in range(-leaf.ndim, 0)]

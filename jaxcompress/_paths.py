@@ -8,7 +8,7 @@ from jax.tree_util import GetAttrKey, KeyPath
 
 from jaxcompress.arrays import is_compressed
 
-__all__ = ["leaves_with_paths", "map_with_paths", "path_string"]
+__all__ = ["leaves_with_paths", "map_with_paths", "path_string", "rebuild", "subtrees"]
 
 
 def path_string(path: KeyPath) -> str:
@@ -29,3 +29,14 @@ def map_with_paths(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: fn(path_string(path), *leaves), tree, *rest, is_leaf=is_compressed
     )
+
+
+def subtrees(tree: Any, like: Any) -> list[Any]:
+    """What `tree` has at the place of each leaf of `like`; a compressed array is a leaf."""
+    treedef: Any = jax.tree.structure(like, is_leaf=is_compressed)
+    return treedef.flatten_up_to(tree)
+
+
+def rebuild(like: Any, leaves: list[Any]) -> Any:
+    """A tree like `like` with other leaves; a compressed array is a leaf."""
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_compressed), leaves)

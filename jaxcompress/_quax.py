@@ -7,6 +7,7 @@ to it here, each only where it is absent: functions with a custom backward pass,
 """
 
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,7 @@ def _checkpoint(*args, jaxpr, prevent_cse, differentiated, policy, **params):
     return jax.checkpoint(inner, prevent_cse=prevent_cse, policy=policy)(*leaves)
 
 
-def differentiated_inside(array: quax.ArrayValue) -> bool:
+def differentiated_inside(array: Any) -> bool:
     """Whether a derivative with respect to `array` is being taken inside `accelerate`.
 
     A rule is called with the primal values only, the tracers that carry tangents are
@@ -84,7 +85,7 @@ def differentiated_inside(array: quax.ArrayValue) -> bool:
     so its frames are looked at, up to the one that entered quax. This happens once, at
     trace time.
     """
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not run.__code__:
         trace = frame.f_locals.get("self")
         if isinstance(trace, (ad.JVPTrace, ad.LinearizeTrace)):

@@ -29,9 +29,7 @@ class Explanation(tuple[Use, ...]):
 
     def __str__(self) -> str:
         head = ("path", "primitive", "op", "implementation", "bytes", "why")
-        rows = [
-            (u.path, u.primitive, u.op, u.implementation, f"{u.nbytes:,}", u.why) for u in self
-        ]
+        rows = [(u.path, u.primitive, u.op, u.implementation, f"{u.nbytes:,}", u.why) for u in self]
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head) - 1)]
         lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[-1]])

@@ -214,9 +214,7 @@ _view(lax.dynamic_slice_p, _dynamic_slice)
 _view(lax.gather_p, _gather)
 
 
-def _meet(
-    p: Probe, primitive: Primitive, contract: Sequence[int], batch: Sequence[int]
-) -> None:
+def _meet(p: Probe, primitive: Primitive, contract: Sequence[int], batch: Sequence[int]) -> None:
     output = [d for d in range(p.ndim) if d not in contract and d not in batch]
     _note(
         Meeting(
@@ -252,6 +250,7 @@ def _observed(
     k = math.prod(x.shape[d] for d in contract)
     rows = lax.transpose(x, [*batch, *free, *contract])
     rows = rows.reshape(*(x.shape[d] for d in batch), -1, k)
+    assert p.observe is not None
     return x + p.observe(rows, _tap_of(p, w_batch)).astype(x.dtype)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
 
 from jaxcompress._quax import ragged_dot_general_p
 from jaxcompress.arrays import QuantizedArray
@@ -125,7 +126,16 @@ def _first(act_scale: jax.Array | None) -> jax.Array | None:
     return None if act_scale is None else act_scale.reshape(-1)[:1].reshape(1, 1)
 
 
-def _note_product(w, flat, primitive, m, k, n, dtype, instead=None) -> None:
+def _note_product(
+    w: QuantizedArray,
+    flat: QuantizedArray,
+    primitive: Primitive,
+    m: int,
+    k: int,
+    n: int,
+    dtype: str,
+    instead: str | None = None,
+) -> None:
     here = listener()
     if here is None:
         return

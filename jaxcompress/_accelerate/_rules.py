@@ -16,8 +16,7 @@ from jax.extend.core import Primitive
 from jaxcompress._accelerate import _products
 from jaxcompress._accelerate._gather import gather
 from jaxcompress._quax import ragged_dot_general_p, stop_gradient_p
-from jaxcompress.arrays import CompressedArray, QuantizedArray
-from jaxcompress.arrays import _views
+from jaxcompress.arrays import CompressedArray, QuantizedArray, _views
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import reshape
 
@@ -42,13 +41,17 @@ def _view(primitive: Primitive, move: Callable[..., Any]) -> None:
 
 
 def _slices(q: QuantizedArray, *, axis: int, sizes: Any) -> list[QuantizedArray] | None:
-    parts, start = [], 0
+    parts: list[QuantizedArray] = []
+    start = 0
     for size in sizes:
         begin, end = [0] * q.ndim, list(q.shape)
         begin[axis], end[axis] = start, start + int(size)
-        parts.append(_views.slice_(q, begin, end, None))
+        part = _views.slice_(q, begin, end, None)
+        if part is None:
+            return None
+        parts.append(part)
         start += int(size)
-    return None if any(part is None for part in parts) else parts
+    return parts
 
 
 def _cast(q: QuantizedArray, *, new_dtype: Any, **_: Any) -> QuantizedArray | None:
@@ -110,14 +113,14 @@ def _barrier(*args: Any) -> Any:
 @quax.register(lax.concatenate_p)
 def _concatenate(*arrays: Any, dimension: int) -> Any:
     small = [a.lowered() if isinstance(a, CompressedArray) else a for a in arrays]
-    if all(isinstance(a, QuantizedArray) for a in small):
-        joined = _views.concatenate(small, dimension)
+    quantized = [a for a in small if isinstance(a, QuantizedArray)]
+    if len(quantized) == len(small):
+        joined = _views.concatenate(quantized, dimension)
         if joined is not None:
             return joined
     why = "joined with an array of other scales"
     dense = [
-        a.decoded_for(lax.concatenate_p, why) if isinstance(a, QuantizedArray) else a
-        for a in small
+        a.decoded_for(lax.concatenate_p, why) if isinstance(a, QuantizedArray) else a for a in small
     ]
     return lax.concatenate_p.bind(*dense, dimension=dimension)
 

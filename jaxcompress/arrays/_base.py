@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import quax
 from jax.extend.core import Primitive
@@ -35,8 +36,7 @@ class CompressedArray(quax.ArrayValue):
     def nbytes(self) -> int:
         """Bytes that are really stored: every leaf, scales and masks included."""
         return sum(
-            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-            for leaf in jax.tree.leaves(self)
+            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self)
         )
 
     def lowered(self) -> "CompressedArray | jax.Array":
@@ -54,12 +54,10 @@ class CompressedArray(quax.ArrayValue):
     def decoded_for(self, primitive: Primitive, why: str = "no rule for it") -> jax.Array:
         """The dense array, for a primitive that cannot take this one as it is."""
         self.note(primitive, "-", "materialised", why)
-        return self.materialise()
+        return jnp.asarray(self.materialise())
 
     @staticmethod
-    def default(
-        primitive: Primitive, values: Sequence[Any], params: dict[str, Any]
-    ) -> Any:
+    def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
         """What quax does without a rule: decode, tell `explain`, go on with dense arrays."""
         dense = [
             v.decoded_for(primitive)

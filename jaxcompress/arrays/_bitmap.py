@@ -125,8 +125,7 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
 
     Codes that are zero anyway are dropped too. The first `leading` axes stay axes.
     """
-    quantized = isinstance(array, QuantizedArray)
-    values = np.asarray(array.codes() if quantized else array)
+    values = np.asarray(array.codes() if isinstance(array, QuantizedArray) else array)
     keep = np.asarray(mask) & (values != 0)
     lead, core = values.shape[:leading], values.shape[leading:]
     size, rows = math.prod(core), math.prod(lead)
@@ -140,7 +139,7 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
     stored = jnp.asarray(packed.reshape(*lead, kept))
     static: dict[str, Any] = dict(core=core, kept=kept, path=path)
     scales: dict[str, Any] = {}
-    if quantized:
+    if isinstance(array, QuantizedArray):
         if array.qtype.bits < 8:
             stored = pack(stored, array.qtype.bits, -1)
         names = ("qtype", "axis", "group_size", "act", "float_dtype")
@@ -148,5 +147,5 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
         scales = dict(scale=array.scale, act_scale=array.act_scale)
     else:
         static["float_dtype"] = np.dtype(array.dtype)
-    bitmap = jnp.asarray(bitmap.reshape(*lead, bitmap.shape[-1]))
-    return BitmapSparseArray(bitmap, stored, **scales, **static)
+    bits = jnp.asarray(bitmap.reshape(*lead, bitmap.shape[-1]))
+    return BitmapSparseArray(bits, stored, **scales, **static)

@@ -89,7 +89,8 @@ def reduce_groups(
         padding[a] = (0, -x.shape[a] % g)
     x = jnp.pad(x, padding, constant_values=fill)
     sizes = dict(zip((a % x.ndim for a in axis), group_size))
-    split, inner = [], []
+    split: list[int] = []
+    inner: list[int] = []
     for i, n in enumerate(x.shape):
         if i in sizes:
             inner.append(len(split) + 1)

@@ -63,8 +63,8 @@ def _merge(q: QuantizedArray, first: int, count: int) -> QuantizedArray | None:
         elif any(d in kinds for d in dims):
             group = 1
     if q.packed is not None and q.packed_axis % q.ndim in dims:
-        if q.packed_axis % q.ndim != last or q.packed % BLOCK:
-            q = q.unpacked()
+        whole_blocks = q.packed_axis % q.ndim == last and q.packed % BLOCK == 0
+        q = q if whole_blocks else q.unpacked()
     total = math.prod(q.shape[d] for d in dims)
     packed = q.packed
     if packed is not None and q.packed_axis % q.ndim == last:
@@ -115,7 +115,9 @@ def _renumber(q: QuantizedArray, first: int, old: int, new: int, kinds: dict[int
     `kinds` gives the group size (0: shared) of those of the new ones that are in `axis`;
     they take the place of the last old one, so that the packed axis stays the last.
     """
-    ndim, axis, group = q.ndim - old + new, [], []
+    ndim = q.ndim - old + new
+    axis: list[int] = []
+    group: list[int] = []
     inside = [a % q.ndim for a in q.axis if first <= a % q.ndim < first + old]
     for d, size in groups(q).items():
         if d in inside:

@@ -16,9 +16,7 @@ from jaxcompress.arrays import (
 
 __all__ = ["array_fields", "describe", "rebuild"]
 
-_CONTAINERS = {
-    c.__name__: c for c in (QuantizedArray, FakeQuantArray, BitmapSparseArray)
-}
+_CONTAINERS = {c.__name__: c for c in (QuantizedArray, FakeQuantArray, BitmapSparseArray)}
 _VALUES = {c.__name__: c for c in (IntType, Activation)}
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxcompress._paths import leaves_with_paths, path_string
+from jaxcompress._paths import rebuild as rebuild_tree
 from jaxcompress.arrays import is_compressed
 from jaxcompress.io._metadata import array_fields, describe, rebuild
 
@@ -131,9 +132,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     for name, checksum in record["tensors"].items():
         if _checksum(tensors[name]) != checksum:
             raise LoadError(f"{path}: the tensor {name!r} was altered after it was saved")
-    leaves = {
-        name: _leaf(name, entry, tensors) for name, entry in record["leaves"].items()
-    }
+    leaves = {name: _leaf(name, entry, tensors) for name, entry in record["leaves"].items()}
     if like is not None:
         return _fill(path, like, leaves)
     return _nest({name: entry.get("keys") for name, entry in record["leaves"].items()}, leaves)
@@ -243,5 +242,4 @@ def _fill(path: Any, like: Any, leaves: dict[str, Any]) -> Any:
             f"{path}: its paths are not those of like; not in the file: {missing}, not in "
             f"like: {extra}"
         )
-    treedef = jax.tree.structure(like, is_leaf=is_compressed)
-    return treedef.unflatten([leaves[name] for name in names])
+    return rebuild_tree(like, [leaves[name] for name in names])

@@ -127,7 +127,7 @@ def scaled_sums(
     else, down to the order of the roundings, is this one function.
     """
     grouped = group_size is not None and group_size < x.shape[-1]
-    if grouped:
+    if group_size is not None and grouped:
         groups = -(-x.shape[-1] // group_size)
         pad = groups * group_size - x.shape[-1]
         w = jnp.swapaxes(w, -1, -2) if transpose_w else w
@@ -145,7 +145,7 @@ def scaled_sums(
     if x_scale is None and w_scale is None:
         return sums
     sums = sums.astype(jnp.float32)
-    if grouped:
+    if grouped and w_scale is not None:
         sums, w_scale = jnp.sum(sums * w_scale.astype(jnp.float32), -3), None
     if x_scale is not None:
         sums = sums * x_scale.astype(jnp.float32)

@@ -46,9 +46,11 @@ def linear(x: jax.Array, w: QuantizedArray, transpose_w: bool, dtype: Any) -> ja
     )
 
 
-def plan(w: QuantizedArray, m: int, k: int, n: int, dtype: str, platform: str) -> tuple[str, Choice]:
+def plan(
+    w: QuantizedArray, m: int, k: int, n: int, dtype: str, platform: str
+) -> tuple[str, Choice]:
     """The op that `linear` calls, and its implementation on `platform`."""
-    group = w.group_size and max(w.group_size)
+    group = max(w.group_size) if w.group_size else None
     if jnp.issubdtype(w.values.dtype, jnp.floating):
         how = Implementation("reference", "rounded floats, with gradients", _simulate)
         return "simulated", Choice(how, how.does)

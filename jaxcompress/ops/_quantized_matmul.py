@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,9 @@ def _backward(static, residuals, g):
 _matmul.defvjp(_forward, _backward)
 
 
-def _reference(static: _Static, x, w, scale, zero_point):
+def _reference(
+    static: _Static, x: jax.Array, w: jax.Array, scale: jax.Array, zero_point: jax.Array | None
+) -> jax.Array:
     codes = w
     if w.dtype == jnp.uint8:
         codes = unpack(w, static.bits, x.shape[-1], -1 if static.transpose_w else -2)
@@ -134,7 +137,14 @@ def _reference(static: _Static, x, w, scale, zero_point):
     )
 
 
-def scaled_dot(x, codes, scale, zero_point, group_size, transpose_w) -> jax.Array:
+def scaled_dot(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    group_size: int | None,
+    transpose_w: bool,
+) -> jax.Array:
     """The executable specification, in float32: scales after the sum where they can be.
 
     `codes` may be integers, or whole floats that carry a gradient.
@@ -164,7 +174,10 @@ def float_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
 
 
 def _table(static: _Static | None) -> tuple[Implementation, ...]:
-    run = functools.partial(_reference, static)
+    def run(*args: Any) -> jax.Array:
+        assert static is not None
+        return _reference(static, *args)
+
     return (Implementation("reference", "a float product of the decoded codes", run),)
 
 

@@ -1,15 +1,15 @@
 """Masks of any scores: the core that every form of pruning shares."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress._paths import leaves_with_paths
+from jaxcompress._paths import leaves_with_paths, rebuild
 from jaxcompress._rules import Patterns, matched
-from jaxcompress.arrays import FakeQuantArray, QuantizedArray, is_compressed
+from jaxcompress.arrays import FakeQuantArray, is_compressed
 from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._schedules import constant
 from jaxcompress.prune._select import COLD, keep_largest
@@ -45,11 +45,10 @@ def mask(scores: Any, pattern: Pattern, sparsity: float, *, rules: Patterns | No
     schedule = constant(sparsity)
     chosen = prunable(scores, rules)
     paths = [path for path, _ in leaves_with_paths(scores)]
-    leaves, treedef = jax.tree.flatten(scores, is_leaf=is_compressed)
-    wanted = {path: leaf for path, leaf in zip(paths, leaves) if path in chosen}
+    wanted = {path: leaf for path, leaf in leaves_with_paths(scores) if path in chosen}
     starts = {path: jnp.asarray(COLD) for path in wanted}
     masks, _ = choose(wanted, pattern, lambda size: schedule.kept(jnp.int32(0), size), starts)
-    return treedef.unflatten([masks.get(path, optax.MaskedNode()) for path in paths])
+    return rebuild(scores, [masks.get(path, optax.MaskedNode()) for path in paths])
 
 
 def choose(

@@ -23,7 +23,7 @@ _TOP = np.uint32(0xFFFFFFFF)  # above every key
 
 
 def keep_largest(
-    scores: Sequence[jax.Array], keep: jax.Array | int, start: jax.Array | int = COLD
+    scores: Sequence[jax.Array], keep: jax.Array | int, start: jax.typing.ArrayLike = COLD
 ) -> tuple[list[jax.Array], jax.Array]:
     """Masks of exactly the `keep` largest of all `scores` together.
 

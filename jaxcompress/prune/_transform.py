@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxcompress._paths import leaves_with_paths, path_string
+from jaxcompress._paths import leaves_with_paths, path_string, rebuild, subtrees
 from jaxcompress._rules import Patterns
 from jaxcompress.arrays import is_compressed
 from jaxcompress.arrays._quantized import replace
@@ -27,7 +27,7 @@ class PruneState(NamedTuple):
     `optax.MaskedNode()` where nothing is pruned.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     masks: Any
     thresholds: dict[str, jax.Array]
     memory: dict[str, Any]
@@ -147,9 +147,7 @@ def sparsify(
             lambda g, m: jnp.where(m, g, jnp.zeros_like(g)), params, updates, before
         )
         new, inner_state = inner_tx.update(masked, state.inner, params, **extra)
-        new, pruning = _advance(
-            new, updates, state.pruning, params, criterion, pattern, schedule
-        )
+        new, pruning = _advance(new, updates, state.pruning, params, criterion, pattern, schedule)
         keep = jax.tree.map(jnp.logical_and, before, pruning.masks)
         return new, SparsifyState(_clear(inner_state, params, keep), pruning)
 
@@ -182,8 +180,7 @@ def keep(masks: Any) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: Any) -> PruneState:
-        treedef = jax.tree.structure(params, is_leaf=is_compressed)
-        for (path, leaf), m in zip(leaves_with_paths(params), treedef.flatten_up_to(masks)):
+        for (path, leaf), m in zip(leaves_with_paths(params), subtrees(masks, params)):
             if not _is_nothing(m) and m.shape != leaf.shape:
                 raise ValueError(f"{path!r} has the shape {leaf.shape}, its mask {m.shape}")
         return PruneState(jnp.zeros([], jnp.int32), masks, {}, {})
@@ -214,12 +211,8 @@ def masks(state: Any) -> Any:
       ValueError: there is no pruning in the state, or two of the same parameter.
 
     >>> import jax.numpy as jnp, optax, jaxcompress as jc
-    >>> tx = optax.MultiSteps(
-    ...     jc.prune.sparsify(
-    ...         optax.sgd(0.1), jc.prune.magnitude(), jc.prune.unstructured(), jc.prune.constant(0.5)
-    ...     ),
-    ...     every_k_schedule=2,
-    ... )
+    >>> parts = jc.prune.magnitude(), jc.prune.unstructured(), jc.prune.constant(0.5)
+    >>> tx = optax.MultiSteps(jc.prune.sparsify(optax.sgd(0.1), *parts), every_k_schedule=2)
     >>> jc.prune.masks(tx.init({"w": jnp.ones((1, 2))}))
     {'w': Array([[ True,  True]], dtype=bool)}
     """
@@ -249,15 +242,15 @@ def _need_params(params: Any) -> None:
 def _init(params: Any, criterion: Criterion, rules: Patterns | None) -> PruneState:
     chosen = prunable(params, rules)
     leaves = leaves_with_paths(params)
-    treedef = jax.tree.structure(params, is_leaf=is_compressed)
     weights = {path: weight_of(leaf) for path, leaf in leaves if path in chosen}
     return PruneState(
         jnp.zeros([], jnp.int32),
-        treedef.unflatten(
+        rebuild(
+            params,
             [
                 jnp.ones_like(weights[path], bool) if path in chosen else optax.MaskedNode()
                 for path, _ in leaves
-            ]
+            ],
         ),
         {path: jnp.asarray(COLD) for path in weights},
         {path: criterion.init(w) for path, w in weights.items()},
@@ -275,16 +268,10 @@ def _advance(
 ) -> tuple[Any, PruneState]:
     """One update: scores, masks if they are due, and exact zeros where pruned."""
     _need_params(params)
-    treedef = jax.tree.structure(params, is_leaf=is_compressed)
     paths = [path for path, _ in leaves_with_paths(params)]
-    columns = [
-        params,
-        updates,
-        state.masks,
-        grads if grads is not None else treedef.unflatten([None] * treedef.num_leaves),
-    ]
-    rows = zip(paths, *(treedef.flatten_up_to(column) for column in columns))
-    rows = [row for row in rows if not _is_nothing(row[3])]
+    columns = [subtrees(tree, params) for tree in (params, updates, state.masks)]
+    columns.append([None] * len(paths) if grads is None else subtrees(grads, params))
+    rows = [row for row in zip(paths, *columns) if not _is_nothing(row[3])]
     scores, memory, old = {}, {}, {}
     for path, p, u, m, g in rows:
         # The weight as optax.apply_updates will make it.
@@ -304,7 +291,7 @@ def _advance(
         new, thresholds = anew(None)
     else:
         new, thresholds = lax.cond(schedule.due(state.count), anew, as_before, None)
-    new_masks = treedef.unflatten([new.get(path, optax.MaskedNode()) for path in paths])
+    new_masks = rebuild(params, [new.get(path, optax.MaskedNode()) for path in paths])
     zeroed = _map_pruned(_to_zero, params, updates, new_masks, params)
     return zeroed, PruneState(optax.safe_increment(state.count), new_masks, thresholds, memory)
 
@@ -317,15 +304,14 @@ def _to_zero(u: jax.Array, m: jax.Array, p: jax.Array) -> jax.Array:
 
 def _map_pruned(fn: Any, params: Any, updates: Any, masks: Any, *rest: Any) -> Any:
     """`fn(update, mask, *rest)` of the weights that have a mask; other updates as they are."""
-    treedef = jax.tree.structure(params, is_leaf=is_compressed)
     out = []
-    for u, m, *others in zip(*(treedef.flatten_up_to(t) for t in (updates, masks, *rest))):
+    for u, m, *others in zip(*(subtrees(tree, params) for tree in (updates, masks, *rest))):
         if _is_nothing(m):
             out.append(u)
             continue
         new = fn(weight_of(u), m, *map(weight_of, others))
         out.append(replace(u, weight=new) if is_compressed(u) else new)
-    return treedef.unflatten(out)
+    return rebuild(params, out)
 
 
 def _clear(state: Any, params: Any, keep: Any) -> Any:
@@ -334,9 +320,9 @@ def _clear(state: Any, params: Any, keep: Any) -> Any:
     A leaf of its state belongs to a parameter if its path ends with the parameter's and
     it has its shape: true of moments in any wrapper, without knowing the wrapper.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
+    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_compressed)
     by_path = {}
-    for (path, leaf), mask in zip(flat, treedef.flatten_up_to(keep)):
+    for (path, leaf), mask in zip(flat, subtrees(keep, params)):
         if not _is_nothing(mask):
             inside = (".weight",) if is_compressed(leaf) else ()
             by_path[(*map(str, path), *inside)] = mask

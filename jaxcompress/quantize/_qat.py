@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress._paths import map_with_paths
-from jaxcompress.arrays import FakeQuantArray, QuantizedArray, is_compressed
+from jaxcompress.arrays import FakeQuantArray, is_compressed
 from jaxcompress.arrays._rounding import absmax_scale
 from jaxcompress.quantize._resolve import map_rules
 from jaxcompress.quantize._specs import Spec
@@ -134,7 +134,8 @@ def freeze() -> optax.GradientTransformation:
     can be added to, `optax.set_to_zero` included.
 
     >>> import jax, jax.numpy as jnp, optax, jaxcompress as jc
-    >>> params = jc.quantize.quantize({"w": jnp.eye(2), "b": jnp.ones(2)}, {"w": jc.quantize.int8()})
+    >>> params = {"w": jnp.eye(2), "b": jnp.ones(2)}
+    >>> params = jc.quantize.quantize(params, {"w": jc.quantize.int8()})
     >>> tx = optax.multi_transform(
     ...     {"weight": optax.sgd(1.0), "scale": optax.sgd(0.1), "frozen": jc.quantize.freeze()},
     ...     jc.quantize.trainable,

@@ -1,6 +1,6 @@
 """From a spec and a leaf to the static facts of its array; everything is checked here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,7 +66,7 @@ def map_rules(
 
 def _axis(
     path: str, leaf: Any, spec: Spec, has_layout: bool, found: Layout | None
-) -> int | tuple[int, ...]:
+) -> int | Sequence[int]:
     if spec.axis is not None:
         return spec.axis
     if not has_layout:

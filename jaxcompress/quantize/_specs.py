@@ -25,8 +25,8 @@ class Spec:
     """
 
     qtype: IntType
-    axis: int | tuple[int, ...] | None = None
-    group_size: int | tuple[int, ...] | None = None
+    axis: Axis = None
+    group_size: Axis = None
     act: Activation | None = None
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ are XLA's, as for any other `dot_general`.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def int8_matmul(x: jax.Array, w: jax.Array, *, transpose_w: bool = False) -> jax
 _dot_p = Primitive("u8s8_dot_general")
 
 
-def u8s8_dot_general(x: jax.Array, w: jax.Array, dimension_numbers) -> jax.Array:
+def u8s8_dot_general(x: jax.Array, w: jax.Array, dimension_numbers: Any) -> jax.Array:
     """`jax.lax.dot_general` of a uint8 and an int8 array, accumulated in int32."""
     contract, batch = dimension_numbers
     freeze = lambda pair: tuple(tuple(map(int, axes)) for axes in pair)
