@@ -27,6 +27,17 @@ class Statistic:
 
     `of(rows)` maps `[..., m, k]` to `[..., *shape(k)]` in float32; the uses of a weight,
     and the batches, are joined by their sum, or by their maximum with `maximum`.
+
+    Your own statistic is one of these, the mean square of each feature here:
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> squares = jc.statistics.Statistic(
+    ...     "squares", lambda rows: jnp.sum(rows**2, -2), lambda k: (k,)
+    ... )
+    >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}
+    >>> found = jc.calibrate(fn, params, [jnp.array([[1.0, 2.0], [3.0, 4.0]])], squares)["w"]
+    >>> found.value[0, 0] / found.count[0, 0]
+    Array([ 5., 10.], dtype=float32)
     """
 
     name: str
@@ -35,12 +46,31 @@ class Statistic:
     maximum: bool = False
 
 
-absmax = Statistic(
-    "absmax",
-    lambda rows: jnp.max(jnp.abs(rows.astype(jnp.float32)), (-2, -1), initial=0.0),
-    lambda k: (),
-    maximum=True,
-)
+def absmax() -> Statistic:
+    """The largest magnitude of all activations that met a weight: `max |x|`.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> jc.statistics.absmax().of(jnp.array([[1.0, -3.0]]))
+    Array(3., dtype=float32)
+    """
+    return _ABSMAX
+
+
+def second_moment() -> Statistic:
+    """The sum over rows of each row's outer product with itself: `X^T X`, `[k, k]`.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> jc.statistics.second_moment().of(jnp.array([[1.0, -3.0]]))
+    Array([[ 1., -3.],
+           [-3.,  9.]], dtype=float32)
+
+    Frantar et al., 2023, GPTQ, arXiv:2210.17323.
+    """
+    return _SECOND_MOMENT
+
+
+def _largest(rows: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(rows.astype(jnp.float32)), (-2, -1), initial=0.0)
 
 
 def _gram(rows: jax.Array) -> jax.Array:
@@ -53,7 +83,9 @@ def _gram(rows: jax.Array) -> jax.Array:
     )
 
 
-second_moment = Statistic("second_moment", _gram, lambda k: (k, k))
+# One instance each, because compiled functions are remembered by their statistic.
+_ABSMAX = Statistic("absmax", _largest, lambda k: (), maximum=True)
+_SECOND_MOMENT = Statistic("second_moment", _gram, lambda k: (k, k))
 
 
 class Observed(NamedTuple):
@@ -61,6 +93,14 @@ class Observed(NamedTuple):
 
     `value` has the rank of the weight, size 1 or that of a layer or expert axis, and
     the axes of the statistic after it; `count` has the first part of that shape.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> seen = jc.statistics.Observed(jnp.array([[2.0]]), jnp.array([[0.0]]))
+    >>> seen.of("layer/kernel")
+    Traceback (most recent call last):
+      ...
+    ValueError: the statistic of 'layer/kernel' comes from no activations: calibration never
+    ran through it, or its product does not lead to the function's output
     """
 
     value: jax.Array
@@ -98,8 +138,7 @@ def calibrate(
       params: floating leaves of two dimensions and more are observed; compressed leaves
         act as they do in `accelerate` and are not.
       batches: an iterable, read once, one batch in memory at a time.
-      statistic: `absmax` (the largest magnitude) or `second_moment` (the sum over rows
-        of the outer product of a row with itself, `X^T X`, `[k, k]`).
+      statistic: `jc.statistics.absmax()`, `jc.statistics.second_moment()`, or your own.
       rules: patterns of the paths to observe; all if None.
 
     Returns:
@@ -111,11 +150,9 @@ def calibrate(
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> params, batches = {"w": jnp.ones((3, 2))}, [jnp.ones((5, 3)), -2 * jnp.ones((5, 3))]
-    >>> found = jc.calibrate(lambda p, x: x @ p["w"], params, batches, jc.statistics.absmax)
+    >>> found = jc.calibrate(lambda p, x: x @ p["w"], params, batches, jc.statistics.absmax())
     >>> found["w"].value, found["w"].count
     (Array([[2.]], dtype=float32), Array([[10.]], dtype=float32))
-
-    The second moments are those of Frantar et al., 2023, GPTQ, arXiv:2210.17323.
     """
     wanted = None if rules is None else matched(params, rules)
     total, step = None, None

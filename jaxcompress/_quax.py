@@ -92,7 +92,7 @@ def differentiated_inside(array: Any) -> bool:
             for tracer in frame.f_locals.get("tracers", ()):
                 if isinstance(tracer, (ad.JVPTracer, ad.LinearizeTracer)):
                     primal = tracer.primal
-                    value = primal.value if isinstance(primal, _QuaxTracer) else None
+                    value: Any = primal.value if isinstance(primal, _QuaxTracer) else None
                     if type(value) is type(array) and value.path == array.path:
                         return True
         frame = frame.f_back

@@ -28,6 +28,11 @@ class CompressedArray(quax.ArrayValue):
 
     A container met by JAX outside `accelerate` raises `TypeError`: turning it into a
     dense array there would silently undo the compression.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> w = jc.quantize.quantize({"w": jnp.ones((64, 8))}, {"w": jc.quantize.int4()})["w"]
+    >>> isinstance(w, jc.arrays.CompressedArray), w.shape, w.nbytes
+    (True, (64, 8), 288)
     """
 
     path: eqx.AbstractVar[str]
@@ -89,5 +94,11 @@ class CompressedArray(quax.ArrayValue):
 
 
 def is_compressed(x: Any) -> bool:
-    """True for the containers; the `is_leaf` of every tree walk in this library."""
+    """True for the containers; the `is_leaf` of every tree walk in this library.
+
+    >>> import jax, jax.numpy as jnp, jaxcompress as jc
+    >>> params = jc.quantize.quantize({"w": jnp.ones((64, 8))}, {"w": jc.quantize.int4()})
+    >>> len(jax.tree.leaves(params)), len(jax.tree.leaves(params, is_leaf=jc.arrays.is_compressed))
+    (2, 1)
+    """
     return isinstance(x, CompressedArray)

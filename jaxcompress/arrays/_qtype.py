@@ -16,6 +16,10 @@ class IntType:
     Symmetric integers leave out the lowest code, `-(2^(b-1) - 1) .. 2^(b-1) - 1`, so
     that zero is exact and a sign change is one of the codes; asymmetric ones use all
     `2^b` and come with a zero point.
+
+    >>> from jaxcompress.arrays import IntType
+    >>> IntType(4).low, IntType(4).high, IntType(4, symmetric=False).low
+    (-7, 7, -8)
     """
 
     bits: int
@@ -48,6 +52,10 @@ class Activation:
     of each index of the axes that are not contracted, or of the whole tensor with
     `per_token=False`. Static: one scale for the tensor, fixed by calibration and kept
     in the array's `act_scale`.
+
+    >>> import jaxcompress as jc
+    >>> jc.quantize.w4a8().act
+    Activation(qtype=IntType(bits=8, symmetric=True), per_token=True, static=False)
     """
 
     qtype: IntType

@@ -15,6 +15,13 @@ class Criterion(NamedTuple):
     `init(w)` makes the memory of one weight array; `score(w, grad, memory)` returns
     `(score, memory)`, `score` a float32 array of the shape of `w`. `grad` is None for a
     criterion that does not need gradients.
+
+    Your own criterion is one of these, small weights are kept here:
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> small = jc.prune.Criterion("small", lambda w: (), lambda w, grad, memory: (-abs(w), memory))
+    >>> small.score(jnp.array([-2.0, 1.0]), None, ())[0]
+    Array([-2., -1.], dtype=float32)
     """
 
     name: str

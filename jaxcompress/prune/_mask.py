@@ -14,7 +14,7 @@ from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._schedules import constant
 from jaxcompress.prune._select import COLD, keep_largest
 
-__all__ = ["choose", "mask", "prunable", "weight_of"]
+__all__ = ["choose", "complete", "mask", "prunable", "weight_of"]
 
 
 def mask(scores: Any, pattern: Pattern, sparsity: float, *, rules: Patterns | None = None) -> Any:
@@ -45,7 +45,7 @@ def mask(scores: Any, pattern: Pattern, sparsity: float, *, rules: Patterns | No
     schedule = constant(sparsity)
     chosen = prunable(scores, rules)
     paths = [path for path, _ in leaves_with_paths(scores)]
-    wanted = {path: leaf for path, leaf in leaves_with_paths(scores) if path in chosen}
+    wanted = {path: weight_of(leaf) for path, leaf in leaves_with_paths(scores) if path in chosen}
     starts = {path: jnp.asarray(COLD) for path in wanted}
     masks, _ = choose(wanted, pattern, lambda size: schedule.kept(jnp.int32(0), size), starts)
     return rebuild(scores, [masks.get(path, optax.MaskedNode()) for path in paths])
@@ -66,6 +66,17 @@ def choose(
     return masks, thresholds
 
 
+def complete(masks: Any, params: Any) -> Any:
+    """`masks` with a node for each leaf of `params` where one stands for a whole subtree."""
+
+    def one(mask: Any, subtree: Any) -> Any:
+        if not isinstance(mask, optax.MaskedNode):
+            return mask
+        return jax.tree.map(lambda _: mask, subtree, is_leaf=is_compressed)
+
+    return jax.tree.map(one, masks, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+
+
 def weight_of(leaf: Any) -> Any:
     """The array of a leaf that is pruned: the float weight of a `FakeQuantArray`."""
     return leaf.weight if isinstance(leaf, FakeQuantArray) else leaf
@@ -74,6 +85,8 @@ def weight_of(leaf: Any) -> Any:
 def prunable(params: Any, rules: Patterns | None) -> set[str]:
     """The paths that are pruned: what `rules` name, or every floating matrix and more."""
     leaves = leaves_with_paths(params)
+    if len({path for path, _ in leaves}) < len(leaves):
+        raise ValueError("two leaves have the same path, so that no rule or mask can tell them apart")
     if rules is not None:
         chosen = matched(params, rules)
         for path, leaf in leaves:

@@ -10,6 +10,7 @@ from jaxcompress._layout import Layout
 from jaxcompress._paths import map_with_paths
 from jaxcompress.arrays import FakeQuantArray, QuantizedArray, is_compressed
 from jaxcompress.arrays._bitmap import bitmap_of
+from jaxcompress.prune._mask import complete
 
 __all__ = ["pack"]
 
@@ -58,7 +59,8 @@ def pack(params: Any, masks: Any, *, layout: Any = None) -> Any:
         return bitmap_of(leaf, mask, leading, path)
 
     nothing = jax.tree.map(lambda _: None, params, is_leaf=is_compressed)
-    return map_with_paths(one, params, masks, nothing if layout is None else layout)
+    whole = complete(masks, params)
+    return map_with_paths(one, params, whole, nothing if layout is None else layout)
 
 
 def _check(path: str, leaf: Any, mask: Any) -> None:

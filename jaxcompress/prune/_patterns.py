@@ -18,6 +18,18 @@ class Pattern(NamedTuple):
 
     `units(path, score)` gives a score to each unit of a leaf, the largest of which are
     kept; `spread(path, kept, score)` makes a mask of the leaf from the mask of its units.
+
+    Your own pattern is one of these, whole rows here:
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> rows = jc.prune.Pattern(
+    ...     "rows",
+    ...     lambda path, score: score.sum(-1),
+    ...     lambda path, kept, score: jnp.broadcast_to(kept[:, None], score.shape),
+    ... )
+    >>> jc.prune.mask(jnp.array([[1.0, 5.0], [3.0, 2.0]]), rows, 0.5)
+    Array([[ True,  True],
+           [False, False]], dtype=bool)
     """
 
     name: str

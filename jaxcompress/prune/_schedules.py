@@ -17,6 +17,11 @@ class Schedule:
     0), and after update `end - 1`, the last; then it stays. `end=None` never stops.
     `ramp(progress)` is the sparsity at `progress` in (0, 1], the share of the way from
     `begin` to `end` that is done; it ends at `final`.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> linear = jc.prune.Schedule(final=0.5, ramp=lambda p: 0.5 * p, begin=0, end=2, every=1)
+    >>> linear.kept(jnp.array(0), 100)
+    Array(75, dtype=int32)
     """
 
     final: float

@@ -20,6 +20,7 @@ __all__ = ["COLD", "keep_largest", "order_key"]
 
 COLD = np.uint32(0xBE000000)  # the key of 0.125: where a search without a past begins
 _TOP = np.uint32(0xFFFFFFFF)  # above every key
+_INFINITE = np.uint32(0xFF000000)  # the bits of infinity without the sign; NaN is above
 
 
 def keep_largest(
@@ -56,9 +57,11 @@ def keep_largest(
 def order_key(score: jax.Array) -> jax.Array:
     """Float32 as uint32 in the same order, with one zero."""
     score = score.astype(jnp.float32)
-    bits = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.uint32)
+    bits = lax.bitcast_convert_type(score, jnp.uint32)
+    magnitude = bits << 1  # compared in bits: to XLA's floats denormals are zeros
+    bits = jnp.where(magnitude == 0, 0, bits)
     key = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
-    return jnp.where(jnp.isnan(score), _TOP - 1, key)
+    return jnp.where(magnitude > _INFINITE, _TOP - 1, key)
 
 
 def _count(hits: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jaxcompress._rules import Patterns
 from jaxcompress.arrays import is_compressed
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.prune._criteria import Criterion
-from jaxcompress.prune._mask import choose, prunable, weight_of
+from jaxcompress.prune._mask import choose, complete, prunable, weight_of
 from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._schedules import Schedule
 from jaxcompress.prune._select import COLD
@@ -25,6 +25,11 @@ class PruneState(NamedTuple):
 
     `masks` is a tree like the parameters: bool arrays, True where a weight is kept, and
     `optax.MaskedNode()` where nothing is pruned.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> parts = jc.prune.magnitude(), jc.prune.unstructured(), jc.prune.constant(0.5)
+    >>> jc.prune.prune(*parts).init({"w": jnp.ones((1, 2))}).masks
+    {'w': Array([[ True,  True]], dtype=bool)}
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -34,7 +39,14 @@ class PruneState(NamedTuple):
 
 
 class SparsifyState(NamedTuple):
-    """The state of the wrapped optimizer, and that of the pruning around it."""
+    """The state of the wrapped optimizer, and that of the pruning around it.
+
+    >>> import jax.numpy as jnp, optax, jaxcompress as jc
+    >>> parts = jc.prune.magnitude(), jc.prune.unstructured(), jc.prune.constant(0.5)
+    >>> state = jc.prune.sparsify(optax.sgd(0.1), *parts).init({"w": jnp.ones((1, 2))})
+    >>> state.pruning.count
+    Array(0, dtype=int32)
+    """
 
     inner: Any
     pruning: PruneState
@@ -180,10 +192,12 @@ def keep(masks: Any) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: Any) -> PruneState:
-        for (path, leaf), m in zip(leaves_with_paths(params), subtrees(masks, params)):
+        whole = complete(masks, params)
+        for (path, leaf), m in zip(leaves_with_paths(params), subtrees(whole, params)):
             if not _is_nothing(m) and m.shape != leaf.shape:
                 raise ValueError(f"{path!r} has the shape {leaf.shape}, its mask {m.shape}")
-        return PruneState(jnp.zeros([], jnp.int32), masks, {}, {})
+        # Copied: a training step that donates its state must not take the caller's masks.
+        return PruneState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, whole), {}, {})
 
     def update(
         updates: Any, state: PruneState, params: Any = None, **extra: Any
@@ -204,7 +218,8 @@ def masks(state: Any) -> Any:
 
     Returns:
       A tree like the parameters of bool arrays, True where a weight is kept, and
-      `optax.MaskedNode()` where nothing is pruned. Prunings of different parameters
+      `optax.MaskedNode()` where nothing is pruned: in place of a leaf, or of a subtree
+      that `optax.masked` has hidden. Prunings of different parameters
       (`optax.multi_transform`) are merged.
 
     Raises:
@@ -221,13 +236,22 @@ def masks(state: Any) -> Any:
     if not found:
         raise ValueError("there is no pruning in this state: prune and sparsify put it there")
 
-    def merge(path: Any, *options: Any) -> Any:
-        real = [o for o in options if not _is_nothing(o)]
-        if len(real) > 1:
-            raise ValueError(f"{path_string(path)!r} is pruned by {len(real)} transformations")
-        return real[0] if real else optax.MaskedNode()
+    return _merge((), found)
 
-    return jax.tree_util.tree_map_with_path(merge, *found, is_leaf=_is_nothing)
+
+def _merge(path: Any, options: list[Any]) -> Any:
+    """One tree of those masks that are real; a node of nothing may stand for a subtree."""
+    real = [o for o in options if not _is_nothing(o)]
+    if len(real) < 2:
+        return real[0] if real else optax.MaskedNode()
+    if jax.tree_util.all_leaves(real[:1]):
+        raise ValueError(f"{path_string(path)!r} is pruned by {len(real)} transformations")
+    one_level = [
+        jax.tree_util.tree_flatten_with_path(o, is_leaf=lambda x, o=o: x is not o) for o in real
+    ]
+    children = zip(*(flat for flat, _ in one_level))
+    merged = [_merge((*path, *kids[0][0]), [kid for _, kid in kids]) for kids in children]
+    return one_level[0][1].unflatten(merged)
 
 
 def _is_nothing(x: Any) -> bool:
@@ -321,7 +345,8 @@ def _clear(state: Any, params: Any, keep: Any) -> Any:
     it has its shape: true of moments in any wrapper, without knowing the wrapper.
     """
     flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_compressed)
-    by_path = {}
+    # Those without a mask too: the longest path that fits is the owner's.
+    by_path = {tuple(map(str, p)): None for p, _ in jax.tree_util.tree_leaves_with_path(params)}
     for (path, leaf), mask in zip(flat, subtrees(keep, params)):
         if not _is_nothing(mask):
             inside = (".weight",) if is_compressed(leaf) else ()
@@ -331,10 +356,10 @@ def _clear(state: Any, params: Any, keep: Any) -> Any:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
         keys = tuple(map(str, path))
-        for start in range(len(keys) + 1):
-            mask = by_path.get(keys[start:])
-            if mask is not None and mask.shape == leaf.shape:
-                return jnp.where(mask, leaf, jnp.zeros_like(leaf))
-        return leaf
+        owners = (keys[start:] for start in range(len(keys) + 1) if keys[start:] in by_path)
+        mask = by_path.get(next(owners, None))
+        if mask is None or mask.shape != leaf.shape:
+            return leaf
+        return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(clear, state)

@@ -25,7 +25,7 @@ def quantize(
         leaves its leaves alone, and so do leaves that no rule names.
       layout: what `jaxcompress.layout` found: the contracting axes, for specs without
         `axis`. Without it such a spec takes -2.
-      stats: what `jaxcompress.calibrate` found with `absmax`, for specs with static
+      stats: what `jaxcompress.calibrate` found with `absmax()`, for specs with static
         activations.
 
     Returns:

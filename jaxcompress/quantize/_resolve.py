@@ -87,7 +87,7 @@ def _act_scale(
     if not has_stats or not isinstance(seen, Observed):
         raise ValueError(
             f"the spec for {path!r} has static activations and needs stats=jc.calibrate(fn, "
-            "params, batches, jc.statistics.absmax)"
+            "params, batches, jc.statistics.absmax())"
         )
     largest = seen.of(path)
     if largest.ndim != leaf.ndim:

@@ -22,6 +22,10 @@ class Spec:
       group_size: neighbouring weights along the (last) axis that share a scale; one
         number for each of `axis` makes blocks; None for the whole axis.
       act: how activations are quantized; None leaves them in floats.
+
+    >>> import jaxcompress as jc
+    >>> jc.quantize.Spec(qtype=jc.arrays.IntType(5), axis=-1).qtype.name
+    'int5'
     """
 
     qtype: IntType

@@ -1,0 +1,170 @@
+"""What every experiment needs: a clean exit, a record of the environment, safe output.
+
+Nothing here knows about models or data.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fail(message: str) -> NoReturn:
+    """One line on standard error, and a non-zero exit."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see --help)")
+
+
+def need(*packages: str) -> None:
+    """Exits with the command that installs what is missing."""
+    missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    if missing:
+        fail(
+            f"this experiment needs {', '.join(missing)}: "
+            "pip install -e '.[experiments]' (or make demo, which does it)"
+        )
+
+
+def environment(seeds: Sequence[int] = ()) -> dict[str, Any]:
+    """What somebody needs to repeat a run: command, versions, commit, machine."""
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "quax", "numpy", "jaxcompress"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    script = Path(sys.argv[0])
+    name = script.resolve().relative_to(ROOT) if script.resolve().is_relative_to(ROOT) else script
+    return {
+        "command": " ".join(["python", str(name), *sys.argv[1:]]),
+        "seeds": list(seeds),
+        "versions": versions | {"python": platform.python_version()},
+        "commit": _commit(),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+        },
+    }
+
+
+def _commit() -> str:
+    """The commit, with a plus where files differ from it; "unknown" outside a checkout."""
+    git = lambda *args: subprocess.run(
+        ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Writes aside and renames, so that a reader never sees half a file."""
+    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        json.dump(record, file, indent=1)
+        file.write("\n")
+    os.chmod(aside, 0o644)
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder to write to; it becomes `out` if the block succeeds, and vanishes if not.
+
+    An older `out` is replaced, but only one that a run of an experiment has made.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _ours(out).exists())):
+        fail(f"{out} exists and is no report of an experiment; choose another folder with --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        fail(f"cannot write to {out.parent}: {error.strerror}")
+    try:
+        yield aside
+        _ours(aside).touch()
+        aside.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        aside.replace(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _ours(folder: Path) -> Path:
+    return folder / ".experiment"
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """A progress display: `advance = add("training", steps)`, then `advance()` each step."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as display:
+
+        def add(description: str, total: int) -> Callable[[], None]:
+            task = display.add_task(description, total=total)
+            return lambda: display.advance(task)
+
+        yield add
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]], repeats: int, budget: float = 1.0
+) -> dict[str, list[float]]:
+    """Milliseconds of each run, taken in turns so that a noisy machine is noisy for all.
+
+    Each is run once before, to compile; then `repeats` rounds, or fewer once `budget`
+    seconds are spent (five at least).
+    """
+    import jax
+
+    for run in runs.values():
+        jax.block_until_ready(run())
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.perf_counter()
+    for i in range(repeats):
+        if i >= 5 and time.perf_counter() - start > budget:
+            break
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append((time.perf_counter() - begin) * 1e3)
+    return times

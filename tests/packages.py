@@ -1,0 +1,61 @@
+"""Builds the wheel and the sdist, installs each, and the checkout editably, and uses them.
+
+python tests/packages.py: every install is a fresh environment that borrows its
+dependencies from the one that runs this.
+"""
+
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+USE = """
+import importlib.resources, jax.numpy as jnp, jaxcompress as jc
+from jaxcompress.kernels.int8_matmul import xla
+assert jc.ops.int8_matmul.__module__.startswith("jaxcompress."), jc
+x = jnp.full((16, 8), 3, jnp.int8)
+assert int(jc.ops.int8_matmul(x, x.T, implementation="xla")[0, 0]) == 72
+assert importlib.resources.files("jaxcompress").joinpath("py.typed").is_file()
+print(jc.__version__, jc.__file__)
+"""
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout.strip()
+
+
+def environment(folder: Path) -> Path:
+    """A fresh environment's Python; it sees this one's packages, jaxcompress apart."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+    # A plain path, so that the .pth of an editable install over there is not read.
+    Path(site, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+        run(*build, "-w", work / "wheel", ROOT)
+        # What a source distribution holds has to be enough to build the wheel again.
+        backend = "import setuptools.build_meta as b; print(b.build_sdist(r'{}'))"
+        (work / "sdist").mkdir()
+        run(sys.executable, "-c", backend.format(work / "sdist"), cwd=ROOT)
+        [wheel], [sdist] = (work / "wheel").glob("*.whl"), (work / "sdist").glob("*.tar.gz")
+        for name, source in (("wheel", [wheel]), ("sdist", [sdist]), ("editable", ["-e", ROOT])):
+            python = environment(work / f"env-{name}")
+            pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+            run(*pip, *source)
+            print(f"{name:9}", run(python, "-c", USE, cwd=work))
+
+
+if __name__ == "__main__":
+    main()
