@@ -31,18 +31,13 @@ def accuracy_against_bytes(variants: Sequence[dict[str, Any]], path: Path) -> Pa
     figure, axis = plt.subplots(figsize=(7, 4.2))
     for i, v in enumerate(variants):
         x, y, error = v["file_bytes"] / 1000, 100 * v["accuracy_mean"], 100 * v["accuracy_std"]
-        axis.errorbar(x, y, yerr=error, fmt="o", capsize=3, color=f"C{i}")
-        # Variants of one size stand above each other: their names take turns.
-        offset, side = ((8, 6), "left") if i % 2 == 0 else ((-8, -13), "right")
-        axis.annotate(
-            v["name"], (x, y), xytext=offset, textcoords="offset points", ha=side, color=f"C{i}"
-        )
+        axis.errorbar(x, y, yerr=error, fmt="o", capsize=3, color=f"C{i}", label=v["name"])
     axis.set_xscale("log")
     ticks = [30, 50, 100, 200, 500, 1000]
     axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
     axis.set(xlabel="file, kB", ylabel="test accuracy, %")
-    axis.margins(0.15)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axis.grid(alpha=0.3)
     return _save(figure, path)
 

@@ -61,19 +61,19 @@ def why(rows: Sequence[Any], ratio: float, batch: int) -> str:
     `rows` are those of `jaxcompress.explain`, `ratio` the measured time over that of the
     dense model.
     """
-    if 0.95 <= ratio <= 1.05:
-        speed = f"as fast as dense ({ratio:.2f} of its time)"
+    if 0.9 <= ratio <= 1.1:
+        speed = f"takes {ratio:.2f} of the time of dense, as long within the noise"
     elif ratio < 1:
-        speed = f"{1 / ratio:.1f} times as fast as dense"
+        speed = f"is {1 / ratio:.1f} times as fast as dense"
     else:
-        speed = f"{ratio:.1f} times as slow as dense"
+        speed = f"takes {ratio:.1f} times as long as dense"
     if not rows:
-        return f"At batch {batch} {speed}: nothing in it is compressed."
+        return f"Batch {batch} {speed}: nothing in it is compressed."
     kinds: dict[str, set[str]] = {}
     for row in rows:
         kinds.setdefault(row.why, set()).add(row.path)
-    parts = [f"{reason} ({len(paths)} of its weights)" for reason, paths in kinds.items()]
-    return f"At batch {batch} {speed}: {'; '.join(parts)}."
+    parts = [f"{reason}, for {len(paths)} weights" for reason, paths in kinds.items()]
+    return f"Batch {batch} {speed}: {'; '.join(parts)}."
 
 
 def table(variants: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -188,7 +188,12 @@ def _slice(p: Probe, *, start_indices: Any, limit_indices: Any, strides: Any) ->
 
 
 def _dynamic_slice(p: Probe, *start: Any, slice_sizes: Any) -> Probe:
-    return _cut(p, lambda leaf, d: lax.dynamic_slice_in_dim(leaf, start[d], slice_sizes[d], d))
+    def cut(leaf: Any, d: int) -> Any:
+        return lax.dynamic_slice_in_dim(
+            leaf, start[d], slice_sizes[d], d, allow_negative_indices=False
+        )
+
+    return _cut(p, cut)
 
 
 def _gather(p: Probe, indices: Any, *, slice_sizes: Any, **params: Any) -> Probe | None:

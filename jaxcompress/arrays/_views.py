@@ -6,10 +6,10 @@ say); the caller then decodes. Where only the bit planes are in the way, the cod
 unpacked to one byte each, which is still no float.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.arrays._packing import BLOCK, packed_size
@@ -69,7 +69,10 @@ def broadcast_in_dim(
     q: QuantizedArray, shape: Sequence[int], dimensions: Sequence[int]
 ) -> QuantizedArray | None:
     """Only new axes of size one: anything else repeats weights."""
-    if math.prod(shape) != q.size:
+    same = [1] * len(shape)
+    for size, to in zip(q.shape, dimensions):
+        same[to] = size
+    if list(shape) != same:
         return None
 
     def place(part):
@@ -109,9 +112,11 @@ def slice_(
         if _is_packed(q, d) and not _aligned(start[d], limit[d], steps[d], q.shape[d], BLOCK):
             q = q.unpacked()
 
+    shared = [d for d, group in groups(q).items() if group == 0]
+
     def cut_part(part, per_entry):
         for d in cut:
-            if part.shape[d] != 1 or q.shape[d] == 1:
+            if part.shape[d] != 1 or (q.shape[d] == 1 and d not in shared):
                 lo, hi = start[d] // per_entry(d), -(-limit[d] // per_entry(d))
                 part = lax.slice_in_dim(part, lo, hi, steps[d], d)
         return part
@@ -145,8 +150,10 @@ def dynamic_slice(
 
     def cut_part(part):
         for d in cut:
-            if part.shape[d] != 1:
-                part = lax.dynamic_slice_in_dim(part, start[d], sizes[d], d)
+            if part.shape[d] != 1:  # indices that were meant from the end are positive by now
+                part = lax.dynamic_slice_in_dim(
+                    part, start[d], sizes[d], d, allow_negative_indices=False
+                )
         return part
 
     return replace(q, values=cut_part(q.values), **map_scales(q, cut_part))
@@ -157,7 +164,8 @@ def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedAr
     first = arrays[0]
     same = ("qtype", "axis", "group_size", "act", "float_dtype")
     alike = all(getattr(a, f) == getattr(first, f) for a in arrays for f in same)
-    whole = {(a.zero_point is None, a.scale.dtype) for a in arrays}
+    simulated = [jnp.issubdtype(a.values.dtype, jnp.floating) for a in arrays]
+    whole = {(a.zero_point is None, a.scale.dtype, s) for a, s in zip(arrays, simulated)}
     static_act = any(a.act_scale is not None for a in arrays)
     if not alike or len(whole) > 1 or static_act or dimension - first.ndim in first.axis:
         return None

@@ -23,6 +23,9 @@ __all__ = ["LoadError", "load", "save"]
 
 _VERSION = 1
 _KEY = "jaxcompress"
+_DTYPES = {"bool", "bfloat16", "complex64", "float16", "float32", "float64"} | {
+    f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
 
 
 class LoadError(ValueError):
@@ -72,12 +75,14 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
             parts = {f"{name}/{field}": value for field, value in array_fields(leaf).items()}
         else:
             entry, parts = {}, {name: leaf}
-        if not all(isinstance(k, DictKey) and "/" not in str(k.key) for k in key_path):
+        if not all(_plain(k) for k in key_path):
             entry["keys"] = [_plain_key(k) for k in key_path]
         record["leaves"][name] = entry
         for tensor, value in parts.items():
             if tensor in tensors:
                 raise ValueError(f"two tensors have the name {tensor!r}")
+            if tensor == "__metadata__":
+                raise ValueError("safetensors keeps the name '__metadata__' for itself")
             tensors[tensor] = _array(tensor, value)
             record["tensors"][tensor] = _checksum(tensors[tensor])
     text = json.dumps(record, separators=(",", ":"))
@@ -132,10 +137,12 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     for name, checksum in record["tensors"].items():
         if _checksum(tensors[name]) != checksum:
             raise LoadError(f"{path}: the tensor {name!r} was altered after it was saved")
-    leaves = {name: _leaf(name, entry, tensors) for name, entry in record["leaves"].items()}
+    entries = record["leaves"]
+    dense = {name for name, entry in entries.items() if "class" not in entry}
+    leaves = {name: _leaf(name, entry, tensors, dense) for name, entry in entries.items()}
     if like is not None:
         return _fill(path, like, leaves)
-    return _nest({name: entry.get("keys") for name, entry in record["leaves"].items()}, leaves)
+    return _nest({name: entry.get("keys") for name, entry in entries.items()}, leaves)
 
 
 def _record(metadata: dict[str, str]) -> dict[str, Any]:
@@ -153,7 +160,7 @@ def _record(metadata: dict[str, str]) -> dict[str, Any]:
     return record
 
 
-def _leaf(name: str, entry: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
+def _leaf(name: str, entry: dict[str, Any], tensors: dict[str, np.ndarray], dense: set[str]) -> Any:
     entry = {k: v for k, v in entry.items() if k != "keys"}
     if "class" not in entry:
         return _to_jax(name, tensors[name])
@@ -161,7 +168,7 @@ def _leaf(name: str, entry: dict[str, Any], tensors: dict[str, np.ndarray]) -> A
     parts = {
         tensor[len(prefix) :]: _to_jax(tensor, value)
         for tensor, value in tensors.items()
-        if tensor.startswith(prefix) and "/" not in tensor[len(prefix) :]
+        if tensor.startswith(prefix) and "/" not in tensor[len(prefix) :] and tensor not in dense
     }
     original = entry.pop("path", name)
     try:
@@ -184,7 +191,11 @@ def _array(name: str, value: Any) -> np.ndarray:
             f"{name!r} is no plain array but {type(value).__name__}; save the arrays only, for "
             "an Equinox module eqx.filter(model, eqx.is_array)"
         )
-    return np.ascontiguousarray(np.asarray(value)).reshape(value.shape)
+    if value.dtype.name not in _DTYPES:
+        raise TypeError(f"{name!r} is {value.dtype.name}, which cannot be saved and read back")
+    array = np.asarray(value)
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return np.ascontiguousarray(native).reshape(value.shape)
 
 
 def _checksum(array: np.ndarray) -> str:
@@ -204,16 +215,23 @@ def _umask() -> int:
     return mask
 
 
+def _plain(key: Any) -> bool:
+    """Whether the path as text is enough to find the key again."""
+    name = key.key if isinstance(key, DictKey) else None
+    return isinstance(name, str) and name != "" and "/" not in name
+
+
 def _plain_key(key: Any) -> Any:
-    """A string for a name, `[i]` for a position."""
+    """A string or number for a name, `[i]` for a position."""
     if isinstance(key, SequenceKey):
         return [key.idx]
-    return str(getattr(key, "key", getattr(key, "name", key)))
+    name = getattr(key, "key", getattr(key, "name", key))
+    return name if type(name) in (str, int) else str(name)
 
 
 def _nest(keys: dict[str, Any], leaves: dict[str, Any]) -> Any:
     """Nested dicts and lists from paths."""
-    if list(leaves) == [""]:
+    if list(leaves) == [""] and not keys[""]:
         return leaves[""]
     root: dict[Any, Any] = {}
     for name, leaf in leaves.items():
@@ -230,7 +248,7 @@ def _lists(node: Any) -> Any:
         return node
     children = {k: _lists(v) for k, v in node.items()}
     if children and all(isinstance(k, tuple) for k in children):
-        return [children[k] for k in sorted(children)]
+        return [children.get((i,)) for i in range(max(children)[0] + 1)]  # None holds no leaf
     return children
 
 

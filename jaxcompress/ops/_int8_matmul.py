@@ -14,7 +14,9 @@ from jaxcompress.ops._choice import Implementation, Problem, dispatch
 __all__ = ["MAX_K", "int8_matmul"]
 
 # The longest sum of products of two bytes that an int32 can hold: 2^31 / 128^2, less one.
+# With a zero point the weight's side of a product is as large as 255: 2^31 / (128 255).
 MAX_K = 131_071
+MAX_K_ZERO_POINT = 65_793
 
 
 def int8_matmul(
@@ -43,7 +45,7 @@ def int8_matmul(
         groups); None for 1.
       w_zero_point: int8, of the shape of `w_scale`; None for 0.
       group_size: the neighbouring `k` that share a scale; it need not divide `k`.
-      transpose_w: whether `w` comes as `[n, k]`.
+      transpose_w: whether `w` comes as `[n, k]`; `w_scale` is `[..., g, n]` all the same.
       dtype: of the scaled result.
       implementation: "xla" (uint8 x int8 on the CPU), "reference", or None for the
         first that does the shape on the platform.
@@ -53,8 +55,8 @@ def int8_matmul(
 
     Raises:
       TypeError: an operand is not int8.
-      ValueError: shapes do not match, `k` is above 131071 (the sum may leave int32), or
-        the implementation cannot run, with the reason.
+      ValueError: shapes do not match, a sum has more than 131071 products (65793 with zero
+        points) and may leave int32, or the implementation cannot run, with the reason.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> x, w = jnp.full((2, 3), 100, jnp.int8), jnp.full((3, 4), -100, jnp.int8)
@@ -68,10 +70,18 @@ def int8_matmul(
         if operand.dtype != jnp.int8:
             raise TypeError(f"int8_matmul takes int8; {name} is {operand.dtype}")
     lead, m, k, n = matmul_shape(x.shape, w.shape, transpose_w)
-    if k > MAX_K:
-        raise ValueError(f"int8_matmul sums at most k = {MAX_K} products exactly; got k = {k}")
+    groups = check_scales(
+        {"w_scale": w_scale, "w_zero_point": w_zero_point}, w.shape[:-2], k, n, group_size
+    )
     if group_size is not None and w_scale is None:
         raise ValueError("group_size needs a w_scale of shape [..., g, n]")
+    longest, limit = k if groups == 1 else group_size, MAX_K
+    if w_zero_point is not None:
+        limit = MAX_K_ZERO_POINT
+        if w_zero_point.dtype != jnp.int8:
+            raise TypeError(f"int8_matmul takes int8; w_zero_point is {w_zero_point.dtype}")
+    if longest > limit:
+        raise ValueError(f"int8_matmul sums at most {limit} products exactly; got k = {longest}")
     if w.ndim == 2:  # one product of all rows
         rows = math.prod(lead) * m
         x, w = x.reshape(1, rows, k), w[None]
@@ -97,6 +107,31 @@ def matmul_shape(
         order = "[..., n, k]" if transpose_w else "[..., k, n]"
         raise ValueError(f"expected x[..., m, k] and w{order}; got shapes {x} and {w}")
     return x[:-2], x[-2], k, n
+
+
+def check_scales(
+    scales: dict[str, jax.Array | None],
+    lead: tuple[int, ...],
+    k: int,
+    n: int,
+    group_size: int | None,
+    transpose: bool = False,
+) -> int:
+    """The number of groups; raises unless all scales are `[*lead, g, n]`, or 1 in place of each."""
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size must be positive; got {group_size}")
+    groups = 1 if group_size is None or group_size >= k else -(-k // group_size)
+    expected = (*lead, n, groups) if transpose else (*lead, groups, n)
+    for name, scale in scales.items():
+        if scale is None:
+            continue
+        fits = len(scale.shape) == len(expected)
+        if not fits or any(s not in (1, e) for s, e in zip(scale.shape, expected)):
+            raise ValueError(
+                f"expected {name} of the shape {expected}, with 1 for what is shared; "
+                f"got {scale.shape}"
+            )
+    return groups
 
 
 def product(

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxcompress.arrays._granularity import expand
 from jaxcompress.arrays._packing import packed_size, unpack
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
-from jaxcompress.ops._int8_matmul import matmul_shape
+from jaxcompress.ops._int8_matmul import check_scales, matmul_shape
 
 __all__ = ["quantized_matmul"]
 
@@ -86,7 +86,9 @@ def quantized_matmul(
                 f"bytes along axis {along}; w has the shape {w.shape}"
             )
         shape[along] = x.shape[-1]
-    lead, m, _, n = matmul_shape(x.shape, tuple(shape), transpose_w)
+    lead, m, k, n = matmul_shape(x.shape, tuple(shape), transpose_w)
+    scales = {"scale": scale, "zero_point": zero_point}
+    check_scales(scales, w.shape[:-2], k, n, group_size, transpose_w)
     static = _Static(
         bits, group_size, transpose_w, jnp.dtype(dtype or x.dtype).name, implementation
     )

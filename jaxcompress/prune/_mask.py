@@ -86,7 +86,9 @@ def prunable(params: Any, rules: Patterns | None) -> set[str]:
     """The paths that are pruned: what `rules` name, or every floating matrix and more."""
     leaves = leaves_with_paths(params)
     if len({path for path, _ in leaves}) < len(leaves):
-        raise ValueError("two leaves have the same path, so that no rule or mask can tell them apart")
+        raise ValueError(
+            "two leaves have the same path, so that no rule or mask can tell them apart"
+        )
     if rules is not None:
         chosen = matched(params, rules)
         for path, leaf in leaves:

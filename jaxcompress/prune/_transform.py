@@ -249,9 +249,11 @@ def _merge(path: Any, options: list[Any]) -> Any:
     one_level = [
         jax.tree_util.tree_flatten_with_path(o, is_leaf=lambda x, o=o: x is not o) for o in real
     ]
+    treedef: Any = one_level[0][1]
     children = zip(*(flat for flat, _ in one_level))
-    merged = [_merge((*path, *kids[0][0]), [kid for _, kid in kids]) for kids in children]
-    return one_level[0][1].unflatten(merged)
+    return treedef.unflatten(
+        [_merge((*path, *kids[0][0]), [kid for _, kid in kids]) for kids in children]
+    )
 
 
 def _is_nothing(x: Any) -> bool:
@@ -356,8 +358,9 @@ def _clear(state: Any, params: Any, keep: Any) -> Any:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
         keys = tuple(map(str, path))
-        owners = (keys[start:] for start in range(len(keys) + 1) if keys[start:] in by_path)
-        mask = by_path.get(next(owners, None))
+        suffixes = (keys[start:] for start in range(len(keys) + 1))
+        owner = next((suffix for suffix in suffixes if suffix in by_path), None)
+        mask = None if owner is None else by_path[owner]
         if mask is None or mask.shape != leaf.shape:
             return leaf
         return jnp.where(mask, leaf, jnp.zeros_like(leaf))

@@ -43,6 +43,7 @@ def map_rules(
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"{path!r} is no array but {type(leaf).__name__}")
         float_dtype(leaf.dtype, path)
+        leaf = jnp.asarray(leaf)  # NumPy's float64, say, becomes what JAX makes of it
         _refuse_non_finite(path, leaf)
         axis, group_size = normalise(
             leaf.shape, _axis(path, leaf, spec, layout is not None, found), spec.group_size, path
@@ -100,7 +101,7 @@ def _act_scale(
 
 def _refuse_non_finite(path: str, leaf: Any) -> None:
     """Outside jit only; inside, a channel that is not finite becomes NaN as a whole."""
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.core.Tracer):
         return
     if not bool(jnp.isfinite(leaf).all()):
         raise ValueError(f"{path!r} holds NaN or infinity, which no scale can represent")

@@ -32,6 +32,9 @@ def int8_matmul(x: jax.Array, w: jax.Array, *, transpose_w: bool = False) -> jax
     batch = tuple(range(x.ndim - 2))
     contract = ((x.ndim - 1,), (w.ndim - 1 if transpose_w else w.ndim - 2,))
     shifted = (x.astype(jnp.int32) + _SHIFT).astype(jnp.uint8)
+    if jax.typeof(x).sharding.spec[-2] is not None:  # no row can be added to sharded rows
+        sums = jnp.sum(w, -1 if transpose_w else -2, dtype=jnp.int32)[..., None, :]
+        return u8s8_dot_general(shifted, w, (contract, (batch, batch))) - _SHIFT * sums
     # A last row of ones yields the column sums from the same product, for almost nothing.
     shifted = jnp.pad(shifted, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)], constant_values=1)
     product = u8s8_dot_general(shifted, w, (contract, (batch, batch)))

@@ -1,0 +1,30 @@
+"""What holds for every test: eight virtual devices, and property tests that repeat."""
+
+import os
+import pathlib
+import sys
+
+# Before jax is imported: it reads both once.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Tests are collected with --import-mode=importlib, which leaves sys.path alone; the modules
+# that they share (oracles, checks) lie next to this file.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+# The library is for float32 and below; float64 belongs to the oracles, in numpy.
+jax.config.update("jax_enable_x64", False)
+
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,  # a new shape compiles
+    derandomize=True,  # the same examples on every run and machine
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")

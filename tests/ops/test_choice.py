@@ -1,0 +1,107 @@
+"""The table of implementations: what is taken, what is said, and that both agree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import quantized, random
+
+import jaxcompress as jc
+from jaxcompress.ops import _choice, _int8_matmul, _quantized_matmul
+from jaxcompress.ops._choice import Implementation, Problem, choose, dispatch
+
+SMALL, LARGE = Problem(m=1, k=4, n=4), Problem(m=100, k=4, n=4)
+
+
+def refuses(problem, platform):
+    if platform != "cpu":
+        return f"not for {platform}"
+    return "too few rows" if problem.m < 10 else None
+
+
+TABLE = (
+    Implementation("fast", "a fast product", lambda x: x + 1, refuses),
+    Implementation("reference", "a plain product", lambda x: x + 2),
+)
+
+
+def test_the_first_that_does_the_problem_is_taken():
+    assert choose(TABLE, LARGE, "cpu") == (TABLE[0], "a fast product")
+
+
+def test_what_was_passed_over_is_said():
+    assert choose(TABLE, SMALL, "cpu") == (TABLE[1], "a plain product; not fast: too few rows")
+    assert choose(TABLE, LARGE, "tpu").why == "a plain product; not fast: not for tpu"
+
+
+def test_a_named_one_is_taken_or_raises():
+    assert choose(TABLE, LARGE, "cpu", "reference") == (
+        TABLE[1],
+        "a plain product (asked for by name)",
+    )
+    with pytest.raises(ValueError, match="implementation 'fast' cannot run: too few rows"):
+        choose(TABLE, SMALL, "cpu", "fast")
+    with pytest.raises(ValueError, match="no implementation 'slow' of this op; there are 'fast'"):
+        choose(TABLE, SMALL, "cpu", "slow")
+
+
+@pytest.mark.parametrize(
+    ("problem", "name", "expected"),
+    [(LARGE, None, 1), (SMALL, None, 2), (LARGE, "fast", 1), (LARGE, "reference", 2)],
+)
+def test_dispatch_runs_the_choice(problem, name, expected):
+    assert int(jax.jit(lambda x: dispatch(TABLE, problem, name, x))(jnp.int32(0))) == expected
+
+
+def test_dispatch_refuses_what_runs_nowhere():
+    with pytest.raises(ValueError, match="implementation 'fast' cannot run: too few rows"):
+        dispatch(TABLE, SMALL, "fast", jnp.int32(0))
+
+
+def test_one_program_has_the_choice_of_each_platform():
+    table = (
+        Implementation("fast", "", jnp.sin, refuses),
+        Implementation("reference", "", jnp.cos),
+    )
+    fn = jax.jit(lambda x: dispatch(table, LARGE, None, x))
+    for platform, there, absent in (("cpu", "sine", "cosine"), ("tpu", "cosine", "sine")):
+        text = jax.export.export(fn, platforms=[platform])(jnp.float32(0)).mlir_module()
+        assert f"stablehlo.{there} " in text
+        assert f"stablehlo.{absent} " not in text
+    both = jax.export.export(fn, platforms=["cpu", "tpu"])(jnp.float32(0)).mlir_module()
+    assert "stablehlo.sine " in both
+    assert "stablehlo.cosine " in both
+
+
+def test_a_named_implementation_does_not_lower_for_another_platform():
+    x, w = np.zeros((8, 4), np.int8), np.zeros((4, 4), np.int8)
+    fn = jax.jit(lambda x, w: jc.ops.int8_matmul(x, w, implementation="xla"))
+    with pytest.raises(NotImplementedError, match=r"platform.*tpu"):
+        jax.export.export(fn, platforms=["tpu"])(x, w)
+
+
+def test_the_platforms_are_those_of_jax():
+    assert set(_choice.PLATFORMS) == {"cpu", "cuda", "rocm", "tpu"}
+
+
+@pytest.mark.parametrize("table", [_int8_matmul.table(), _quantized_matmul.table()])
+def test_a_table_ends_with_a_reference_that_refuses_nothing(table):
+    assert table[-1].name == "reference"
+    problems = [Problem(m=m, k=7, n=3, bits=b, dtype="bfloat16") for m in (0, 1) for b in (2, 8)]
+    for platform in _choice.PLATFORMS:
+        assert all(table[-1].refuses(p, platform) is None for p in problems)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+@pytest.mark.parametrize("shape", [(16, 6), (3, 16, 6)])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_what_is_said_is_what_is_compiled(rows, shape, group_size):
+    """An unsigned operand is the mark of the xla product in the lowered program."""
+    spec = jc.quantize.w8a8(group_size=group_size)
+    params, x = {"w": quantized(random(*shape), spec)}, random(*shape[:-2], rows, 16)
+    fn = lambda p, x: x @ p["w"]
+    [row] = jc.explain(fn, params, x)
+    text = jax.jit(jc.accelerate(fn)).lower(params, x).as_text()
+    unsigned = any("dot_general" in line and "ui8" in line for line in text.splitlines())
+    assert (row.op, row.implementation) == ("int8_matmul", "xla" if rows >= 8 else "reference")
+    assert unsigned == (row.implementation == "xla")
