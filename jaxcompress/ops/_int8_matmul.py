@@ -208,13 +208,7 @@ def _table(transpose_w: bool) -> tuple[Implementation, ...]:
 def _xla_refuses(problem: Problem, platform: str) -> str | None:
     if platform != "cpu":
         return f"it is for the CPU, and {platform} multiplies int8 by itself"
-    if problem.m < MIN_ROWS:
-        return f"{problem.m} rows are fewer than {MIN_ROWS}, where XLA's product pays"
     return None
-
-
-# Below this XLA:CPU runs a plain loop over the columns.
-MIN_ROWS = 8
 
 
 def table() -> tuple[Implementation, ...]:

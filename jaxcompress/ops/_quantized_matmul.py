@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,12 @@ from jax.typing import DTypeLike
 from jaxcompress.arrays._granularity import expand
 from jaxcompress.arrays._packing import packed_size, unpack
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
-from jaxcompress.ops._int8_matmul import check_scales, matmul_shape
+from jaxcompress.ops._int8_matmul import (
+    MAX_K_ZERO_POINT,
+    check_scales,
+    matmul_shape,
+    scaled_sums,
+)
 
 __all__ = ["quantized_matmul"]
 
@@ -55,11 +60,13 @@ def quantized_matmul(
       group_size: the neighbouring `k` that share a scale; it need not divide `k`.
       transpose_w: whether `w` comes as `[n, k]`.
       dtype: of the result; that of `x` by default.
-      implementation: "reference", or None for the first that does the shape on the
-        platform.
+      implementation: "xla" (on the CPU: each row of activations as int8 digits, exact down to
+        2^-28 of its largest; a row that is not finite becomes NaN), "reference", or None
+        for the first that does the shape on the platform.
 
     Returns:
-      `[..., m, n]` of `dtype`, summed in float32. Differentiable in `x` and `scale`.
+      `[..., m, n]` of `dtype`, summed in float32 or exactly. Differentiable in `x` and
+      `scale`.
 
     Raises:
       TypeError: `x` is not floating, or `w` neither int8 nor packed uint8.
@@ -131,12 +138,49 @@ _matmul.defvjp(_forward, _backward)
 def _reference(
     static: _Static, x: jax.Array, w: jax.Array, scale: jax.Array, zero_point: jax.Array | None
 ) -> jax.Array:
-    codes = w
-    if w.dtype == jnp.uint8:
-        codes = unpack(w, static.bits, x.shape[-1], -1 if static.transpose_w else -2)
-    return scaled_dot(x, codes, scale, zero_point, static.group_size, static.transpose_w).astype(
-        static.dtype
+    codes = _codes(static, x, w)
+    out = scaled_dot(x, codes, scale, zero_point, static.group_size, static.transpose_w)
+    return out.astype(static.dtype)
+
+
+def _codes(static: _Static, x: jax.Array, w: jax.Array) -> jax.Array:
+    """One int8 a weight."""
+    if w.dtype == jnp.int8:
+        return w
+    return unpack(w, static.bits, x.shape[-1], -1 if static.transpose_w else -2)
+
+
+def _xla(
+    static: _Static, x: jax.Array, w: jax.Array, scale: jax.Array, zero_point: jax.Array | None
+) -> jax.Array:
+    """The activations as rows of int8 digits, the products exact; see the kernel."""
+    from jaxcompress.kernels.int8_matmul.xla import int8_matmul
+    from jaxcompress.kernels.quantized_matmul import xla as kernel
+
+    digits, row_scale = kernel.split(x)
+    turn = lambda s: jnp.swapaxes(s, -1, -2) if static.transpose_w and s is not None else s
+    sums = scaled_sums(
+        lambda x, w, transpose_w: int8_matmul(x, w, transpose_w=transpose_w),
+        digits,
+        _codes(static, x, w),
+        None,
+        turn(scale),
+        turn(zero_point),
+        static.group_size,
+        static.transpose_w,
     )
+    return kernel.join(sums, row_scale).astype(static.dtype)
+
+
+def _xla_refuses(problem: Problem, platform: str) -> str | None:
+    if platform != "cpu":
+        return "it is for the CPU"
+    if problem.dtype not in ("float32", "bfloat16", "float16"):
+        return f"{problem.dtype} has more digits than it makes"
+    longest = min(problem.k, problem.group_size or problem.k)
+    if longest > MAX_K_ZERO_POINT:
+        return f"it sums at most {MAX_K_ZERO_POINT} products exactly, not {longest}"
+    return None
 
 
 def scaled_dot(
@@ -176,11 +220,14 @@ def float_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
 
 
 def _table(static: _Static | None) -> tuple[Implementation, ...]:
-    def run(*args: Any) -> jax.Array:
-        assert static is not None
-        return _reference(static, *args)
+    def bound(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return functools.partial(run, static)
 
-    return (Implementation("reference", "a float product of the decoded codes", run),)
+    decodes = "a float product of the decoded weight"
+    return (
+        Implementation("xla", "activations as int8 digits by XLA", bound(_xla), _xla_refuses),
+        Implementation("reference", decodes, bound(_reference)),
+    )
 
 
 def table() -> tuple[Implementation, ...]:

@@ -22,6 +22,7 @@ __all__ = ["int8_matmul"]
 # Activations are moved from -128 .. 127 to 0 .. 255; each output is then too large by
 # 128 times a column sum of the weights.
 _SHIFT = 128
+_ENOUGH_ROWS = 16
 
 
 def int8_matmul(x: jax.Array, w: jax.Array, *, transpose_w: bool = False) -> jax.Array:
@@ -35,8 +36,10 @@ def int8_matmul(x: jax.Array, w: jax.Array, *, transpose_w: bool = False) -> jax
     if jax.typeof(x).sharding.spec[-2] is not None:  # no row can be added to sharded rows
         sums = jnp.sum(w, -1 if transpose_w else -2, dtype=jnp.int32)[..., None, :]
         return u8s8_dot_general(shifted, w, (contract, (batch, batch))) - _SHIFT * sums
-    # A last row of ones yields the column sums from the same product, for almost nothing.
-    shifted = jnp.pad(shifted, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)], constant_values=1)
+    # A row of ones yields the column sums from the same product, for almost nothing; and
+    # more of them lift a few rows to where XLA blocks its product (ten times, for one row).
+    more = max(1, _ENOUGH_ROWS - x.shape[-2])
+    shifted = jnp.pad(shifted, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)], constant_values=1)
     product = u8s8_dot_general(shifted, w, (contract, (batch, batch)))
     sums = lax.slice_in_dim(product, x.shape[-2], x.shape[-2] + 1, axis=-2)
     return lax.slice_in_dim(product, 0, x.shape[-2], axis=-2) - _SHIFT * sums
