@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+import jaxcompress as jc
 from _data import Digits, Split
 from _digits_models import SHIFTS, shifted
 from _first_principles_model import (
@@ -21,8 +23,6 @@ from _first_principles_model import (
     loss,
     rounded,
 )
-
-import jaxcompress as jc
 
 LARGE = (784, 256, 256, 10)
 SMALL = (784, 32, 10)

@@ -61,9 +61,10 @@ def arguments() -> Any:
 
 def lessons(seed: int, size: Size) -> Iterator[Any]:
     """The lessons in their order, each worked out when it is asked for."""
+    import jax
+
     import _first_principles_compression as compression
     import _first_principles_training as training
-    import jax
     from _data import digits
 
     if jax.device_count() < training.PARTS:

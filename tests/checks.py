@@ -4,9 +4,9 @@ import functools
 
 import jax
 import numpy as np
-import oracles
 
 import jaxcompress as jc
+import oracles
 from jaxcompress.arrays import IntType, QuantizedArray
 
 EPS = 2.0**-24  # half the spacing of float32: the largest relative error of one rounding

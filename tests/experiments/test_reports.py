@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import _digits_report as report
 import _harness as harness
 import update_readme
-
 from jaxcompress.arrays._uses import Use
 
 ROWS = [
@@ -72,9 +71,14 @@ def test_goal_of_the_main_job():
 
 def test_staged_output_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "report"
-    with pytest.raises(RuntimeError), harness.staged(out) as folder:
-        (folder / "half").write_text("half")
-        raise RuntimeError
+
+    def fail_half_way():
+        with harness.staged(out) as folder:
+            (folder / "half").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert list(tmp_path.iterdir()) == []
     for text in ("first", "second"):
         with harness.staged(out) as folder:
@@ -110,7 +114,9 @@ def test_wrong_use_is_one_line(arguments, said):
 
 
 def test_missing_package_is_one_line():
-    code = "import sys; sys.path.insert(0, 'experiments'); from _harness import need; need('absent')"
+    code = (
+        "import sys; sys.path.insert(0, 'experiments'); from _harness import need; need('absent')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )

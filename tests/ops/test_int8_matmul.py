@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_sums
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcompress as jc
+from checks import assert_sums
 
 int8_matmul = jc.ops.int8_matmul
 MAX_K = 131_071

@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcompress as jc
+import oracles
 
 EPS = 2.0**-24
 DTYPES = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # one rounding
@@ -159,7 +159,12 @@ SCALE = np.ones((1, 4), np.float32)
     ("error", "message", "args", "options"),
     [
         (TypeError, "takes floating activations; x is int8", (np.int8(X), W, SCALE), {}),
-        (TypeError, "w must be int8, or packed uint8 of 2 to 7 bits; it is float32", (X, X, SCALE), {}),
+        (
+            TypeError,
+            "w must be int8, or packed uint8 of 2 to 7 bits; it is float32",
+            (X, X, SCALE),
+            {},
+        ),
         (TypeError, "it is uint8", (X, np.uint8(W), SCALE), dict(bits=8)),
         (
             ValueError,
@@ -169,7 +174,12 @@ SCALE = np.ones((1, 4), np.float32)
         ),
         (ValueError, r"expected x\[..., m, k\] and w\[..., k, n\]", (X[:, 1:], W, SCALE), {}),
         (ValueError, r"expected scale of the shape \(1, 4\)", (X, W, SCALE[0]), {}),
-        (ValueError, r"expected scale of the shape \(3, 4\)", (X, W, SCALE[[0, 0]]), dict(group_size=32)),
+        (
+            ValueError,
+            r"expected scale of the shape \(3, 4\)",
+            (X, W, SCALE[[0, 0]]),
+            dict(group_size=32),
+        ),
         (ValueError, "group_size must be positive", (X, W, SCALE), dict(group_size=-1)),
         (ValueError, r"expected zero_point of", (X, W, SCALE, np.int8(W)), {}),
         (
