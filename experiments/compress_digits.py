@@ -225,7 +225,7 @@ def show(record: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     options = arguments()
-    need("flax", "matplotlib", "mlxtend", "rich", "sklearn", "jaxcompress")
+    need("jax", "optax", "flax", "matplotlib", "mlxtend", "rich", "sklearn", "jaxcompress")
     with staged(options.out) as out:
         record = run(options, out)
     show(record, options.out)

@@ -68,7 +68,10 @@ def lessons(seed: int, size: Size) -> Iterator[Any]:
     from _data import digits
 
     if jax.device_count() < training.PARTS:
-        fail(f"XLA_FLAGS asks for {jax.device_count()} devices; the tour needs {training.PARTS}")
+        fail(
+            f"the tour needs {training.PARTS} devices and JAX sees {jax.device_count()}: "
+            "unset XLA_FLAGS and JAX_PLATFORMS, and it makes them of one CPU"
+        )
     data = jax.tree.map(jax.numpy.asarray, digits())
     keys = jax.random.split(jax.random.key(seed), 7)
     yield training.optimizers(data, keys[0], size.optimizers)
@@ -120,7 +123,7 @@ def run(options: Any, out: Path) -> None:
 
 def main() -> None:
     options = arguments()
-    need("jax", "optax", "matplotlib", "mlxtend", "rich", "sklearn", "jaxcompress")
+    need("jax", "optax", "flax", "matplotlib", "mlxtend", "rich", "sklearn", "jaxcompress")
     with staged(options.out) as out:
         run(options, out)
     print(f"See {options.out / 'first_principles.png'}")
