@@ -163,7 +163,7 @@ def test_keep_holds_given_masks():
     params = {"w": jnp.asarray(random(5, 4)), "b": jnp.ones(4)}
     tx = optax.chain(optax.adam(0.1), jc.prune.keep(masks))
     state = tx.init(params)
-    for i in range(3):
+    for _ in range(3):
         updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_array_equal(np.asarray(params["w"]) != 0, masks["w"])
@@ -234,7 +234,7 @@ def test_params_are_needed():
 
 
 def test_gradients_do_not_reach_the_end_of_a_chain():
-    with pytest.raises(ValueError, match="taylor needs gradients.*sparsify"):
+    with pytest.raises(ValueError, match=r"taylor needs gradients.*sparsify"):
         jc.prune.prune(GRADIENTS, UNSTRUCTURED, jc.prune.constant(0.5))
 
 
