@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress._accelerate import accelerate
-from jaxcompress._accelerate._probe import Probe
+from jaxcompress._accelerate._probe import probe
 from jaxcompress._layout import Layout, is_weight, layout
 from jaxcompress._max_dtype import from_max, to_max
 from jaxcompress._paths import map_with_paths
@@ -186,14 +186,11 @@ def _step(fn: Callable, layouts: Any, statistic: Statistic, wanted: set[str] | N
             value = jnp.zeros((*lead, *statistic.shape(k)), jnp.float32)
             return to_max(value) if statistic.maximum else value, jnp.zeros(lead, jnp.float32)
 
-        def probe(path: str, leaf: Any, tap: Any) -> Any:
-            if tap is None:
-                return leaf
-            origin = tuple((a,) for a in range(-leaf.ndim, 0))
-            return Probe(leaf, tap, origin=origin, path=path, observe=tie)
+        def tapped(path: str, leaf: Any, tap: Any) -> Any:
+            return leaf if tap is None else probe(path, leaf, (tap,), observe=tie)
 
         def floats(taps: Any) -> list[jax.Array]:
-            out = accelerate(fn)(map_with_paths(probe, params, taps), batch)
+            out = accelerate(fn)(map_with_paths(tapped, params, taps), batch)
             return [x for x in jax.tree.leaves(out) if eqx.is_inexact_array(x)]
 
         taps = map_with_paths(tap, params, layouts, flags)
