@@ -27,8 +27,8 @@ def _register(cls: type[CompressedArray]) -> None:
     def read(data: bytes) -> Any:
         return json.loads(bytes(data))
 
-    def build(record: Any, children: Any) -> Any:
-        description, path = record
+    def build(aux_data: Any, children: Any) -> Any:
+        description, path = aux_data
         return rebuild(description, dict(zip(names, children)), path)
 
     jax.export.register_pytree_node_serialization(
