@@ -89,12 +89,15 @@ def _processor() -> str:
 
 def write_json(path: Path, record: Any) -> None:
     """Writes aside and renames, so that a reader never sees half a file."""
+    text = json.dumps(record, indent=1) + "\n"
     handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
-    os.chmod(aside, 0o644)
-    os.replace(aside, path)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

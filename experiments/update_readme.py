@@ -61,7 +61,7 @@ def tour_block(record: dict) -> str:
         result = lesson["result"]
         lines += [f"**{number}. {lesson['name']}**", "", "```text", *lesson["equation"], "```", ""]
         lines += [f"{result[0].upper()}{result[1:]}.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def machine(record: dict) -> str:
