@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _data import Split
-from _fashion_losses import Method, Seen
 
 import jaxcompress as jc
+from _data import Split
+from _fashion_losses import Method, Seen
 
 BATCH = 256
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from _data import Split
 from _digits_models import SHIFTS, shifted
 

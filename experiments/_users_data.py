@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 from _harness import fail
 
 CUT, END = 273, 545  # days from 1 January 1997: to 30 September 1997, to 30 June 1998

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+
 from _users_data import NAMES, Users
 
 matplotlib.use("Agg")

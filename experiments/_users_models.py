@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _users_data import Part, Users
 
 import jaxcompress as jc
+from _users_data import Part, Users
 
 BATCH = 256
 LARGE, SMALL = (64, 64), (64,)

@@ -47,14 +47,14 @@ def arguments() -> Any:
 
 def methods(data: Any, table: Any, options: Any, add: Any) -> Any:
     """`run(method, sparsity) -> (right answers [seeds, items], bytes [seeds])`."""
-    import _digits_train as train
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from _digits_models import hard_loss, soft_loss, student
 
+    import _digits_train as train
     import jaxcompress as jc
+    from _digits_models import hard_loss, soft_loss, student
 
     seeds, epochs = options.seeds, options.epochs
     per_epoch = len(data.train.y) // train.BATCH
@@ -129,9 +129,10 @@ def methods(data: Any, table: Any, options: Any, add: Any) -> Any:
 
 
 def run(options: Any, out: Path) -> dict[str, Any]:
-    import _digits_train as train
     import jax
     import numpy as np
+
+    import _digits_train as train
     from _data import digits
     from _digits_report import accuracy_against
 

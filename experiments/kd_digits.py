@@ -62,12 +62,12 @@ def corrected(validation: Any, labels: Any) -> float:
 
 
 def run(options: Any, out: Path) -> dict[str, Any]:
-    import _kd_train as train
     import numpy as np
+
+    import _kd_train as train
+    import jaxcompress as jc
     from _data import Split, digits
     from _mnist import mnist
-
-    import jaxcompress as jc
 
     begin = time.perf_counter()
     data = digits() if options.mnist is None else mnist(options.mnist)

@@ -53,9 +53,10 @@ def compare(
     add: Any,
 ) -> list[dict[str, Any]]:
     """A row for the teacher and one for each method, over seeds."""
-    import _fashion_train as training
     import jax
     import numpy as np
+
+    import _fashion_train as training
     from _fashion_losses import MAPS, METHODS
 
     methods = METHODS | MAPS

@@ -41,12 +41,12 @@ def arguments() -> Any:
 
 
 def run(options: Any, out: Path) -> dict[str, Any]:
+    import numpy as np
+
     import _users_figure as figure
     import _users_models as models
-    import numpy as np
-    from _users_data import NAMES, users
-
     import jaxcompress as jc
+    from _users_data import NAMES, users
 
     begin = time.perf_counter()
     data, seeds = users(), range(options.seeds)
@@ -90,8 +90,9 @@ def run(options: Any, out: Path) -> dict[str, Any]:
     small, large = by_name["compressed"], by_name["ensemble"]
     record = {
         "environment": environment(seeds),
-        "data": f"CDNOW, from the package lifetimes: {sum(len(p.y) for p in data):,} customers with "
-        "a paid order up to 30 September 1997; who orders again by 30 June 1998; split 60/20/20 %",
+        "data": f"CDNOW, from the package lifetimes: {sum(len(p.y) for p in data):,} customers "
+        "with a paid order up to 30 September 1997; "
+        "who orders again by 30 June 1998; split 60/20/20 %",
         "buy_again": float(np.mean(data.test.y)),
         "epochs": options.epochs,
         "minutes": (time.perf_counter() - begin) / 60,

@@ -1,5 +1,6 @@
-"""Distillation: losses in the form of `optax.losses`, one value an example."""
+"""Distillation, of models and of data: losses in the form of `optax.losses`, and recipes."""
 
+from jaxcompress.distill import dataset
 from jaxcompress.distill._cache import CacheError, cache_teacher, open_cache
 from jaxcompress.distill._contrastive import CRDMemory, crd, crd_memory, crd_projectors
 from jaxcompress.distill._correlation import dist
@@ -38,6 +39,7 @@ __all__ = [
     "crd",
     "crd_memory",
     "crd_projectors",
+    "dataset",
     "dist",
     "dkd",
     "ema_teacher",

@@ -60,7 +60,7 @@ def cache_teacher(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     jc.distill.cache_teacher(folder + "/logits", lambda x: x + 1, batches)
     ...     jc.distill.open_cache(folder + "/logits")[:, 0]
-    array([2., 2., 1.], dtype=float32)
+    memmap([2., 2., 1.], dtype=float32)
     """
     about = json.loads(json.dumps(about))
     target = Path(path)

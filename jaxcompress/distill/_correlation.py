@@ -52,21 +52,20 @@ def dist(
 
     Huang et al., 2022, Knowledge Distillation from A Stronger Teacher, arXiv:2205.10536.
     """
-    student, teacher, t = paired(student_logits, teacher_logits, temperature)
-    if student.ndim < 2 or axis % student.ndim == batch_axis % student.ndim:
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
+    if s.ndim < 2 or axis % s.ndim == batch_axis % s.ndim:
         raise ValueError(
             f"dist needs an axis of classes and another of examples; got logits of the shape "
-            f"{student.shape}, axis={axis} and batch_axis={batch_axis}"
+            f"{student_logits.shape}, axis={axis} and batch_axis={batch_axis}"
         )
-    axis, batch_axis = axis % student.ndim, batch_axis % student.ndim
-    counts = jnp.broadcast_to(True if where is None else where, student.shape)
-    q, p = (jnp.exp(log_softmax(x, axis, counts, t)) for x in (student, teacher))
-    inter = _uncorrelated(q, p, axis, counts)
+    batch_axis = batch_axis % s.ndim - (batch_axis % s.ndim > axis % s.ndim)  # classes are last
+    q, p = (jnp.exp(log_softmax(x, temperature, counts)) for x in (s, t))
+    inter = _uncorrelated(q, p, -1, counts)
     intra = _uncorrelated(q, p, batch_axis, counts)
     some = jnp.any(counts, batch_axis, keepdims=True)
-    intra = jnp.sum(intra, axis, keepdims=True) / jnp.maximum(jnp.sum(some, axis, keepdims=True), 1)
-    loss = beta * inter + jnp.where(jnp.any(counts, axis, keepdims=True), gamma * intra, 0.0)
-    return t**2 * jnp.squeeze(loss, axis)
+    intra = jnp.sum(intra, -1, keepdims=True) / jnp.maximum(jnp.sum(some, -1, keepdims=True), 1)
+    loss = beta * inter + jnp.where(jnp.any(counts, -1, keepdims=True), gamma * intra, 0.0)
+    return temperature**2 * jnp.squeeze(loss, -1)
 
 
 def _uncorrelated(x: jax.Array, y: jax.Array, axis: int, where: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.distill._softened import divergence, from_largest, log_sum_exp, paired, soften
+from jaxcompress.distill._softened import divergence, from_largest, log_sum_exp, paired
 
 __all__ = ["dkd"]
 
@@ -47,32 +47,23 @@ def dkd(
 
     Zhao et al., 2022, Decoupled Knowledge Distillation, arXiv:2203.08679.
     """
-    student, teacher, t = paired(student_logits, teacher_logits, temperature)
-    axis = axis % student.ndim
-    expected = student.shape[:axis] + student.shape[axis + 1 :]
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers; got {labels.dtype}")
-    if labels.shape != expected:
-        raise ValueError(f"labels must have the shape {expected}; got {labels.shape}")
-    counts = jnp.broadcast_to(True if where is None else where, student.shape)
-    classes = jax.lax.broadcasted_iota(labels.dtype, student.shape, axis)
-    target = classes == jnp.expand_dims(labels, axis)
-    rest = soften(student, teacher, t, axis, counts & ~target)
-    among_rest = divergence(rest.log_p, rest.log_q, rest.gap, axis)
+    if labels.shape != s.shape[:-1]:
+        raise ValueError(f"labels must have the shape {s.shape[:-1]}; got {labels.shape}")
+    target = jnp.arange(s.shape[-1]) == labels[..., None]
+    among_rest = divergence(s, t, temperature, counts & ~target)
     # Minus the largest, which changes no probability: a sum of the rest keeps its digits.
-    s, p = (from_largest(x, axis, counts) / t for x in (student, teacher))
-    label = _against_rest(s, p, target, counts, axis)
-    return t**2 * (alpha * label + beta * among_rest)
-
-
-def _against_rest(
-    student: jax.Array, teacher: jax.Array, target: jax.Array, counts: jax.Array, axis: int
-) -> jax.Array:
-    """`KL(b^p || b^q)` of the label and all the rest, from softened logits."""
-    sides = (target & counts, counts & ~target)
-    pair = lambda x: jnp.stack([log_sum_exp(x, axis, side) for side in sides])
-    there = jnp.stack([jnp.any(side, axis) for side in sides])
-    two = soften(
-        jnp.where(there, pair(student), 0.0), jnp.where(there, pair(teacher), 0.0), 1.0, 0, there
+    two_s, two_t = (
+        _against_rest(from_largest(x, counts) / temperature, target, counts) for x in (s, t)
     )
-    return divergence(two.log_p, two.log_q, two.gap, 0)
+    there = jnp.stack([jnp.any(target & counts, -1), jnp.any(~target & counts, -1)], -1)
+    label = divergence(two_s, two_t, 1.0, there)
+    return temperature**2 * (alpha * label + beta * among_rest)
+
+
+def _against_rest(x: jax.Array, target: jax.Array, counts: jax.Array) -> jax.Array:
+    """Two logits: of the label, and of all the rest together."""
+    sides = [log_sum_exp(x, side & counts) for side in (target, ~target)]
+    return jnp.stack([jnp.where(jnp.isfinite(side), side, 0.0) for side in sides], -1)

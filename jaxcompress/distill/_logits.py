@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.distill._softened import divergence, paired, soften
+from jaxcompress.distill._softened import divergence, excess, log_ratio, log_softmax, paired
 
 __all__ = ["jensen_shannon", "kl", "mse", "reverse_kl", "soft_cross_entropy"]
 
@@ -48,8 +48,8 @@ def kl(
     Hinton, Vinyals and Dean, 2015, Distilling the Knowledge in a Neural Network,
     arXiv:1503.02531.
     """
-    both = soften(student_logits, teacher_logits, temperature, axis, where)
-    return both.t**2 * divergence(both.log_p, both.log_q, both.gap, axis)
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
+    return temperature**2 * divergence(s, t, temperature, counts)
 
 
 def reverse_kl(
@@ -82,8 +82,8 @@ def reverse_kl(
     Gu et al., 2024, MiniLLM: Knowledge Distillation of Large Language Models,
     arXiv:2306.08543.
     """
-    both = soften(student_logits, teacher_logits, temperature, axis, where)
-    return both.t**2 * divergence(both.log_q, both.log_p, -both.gap, axis)
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
+    return temperature**2 * divergence(t, s, temperature, counts)
 
 
 def jensen_shannon(
@@ -121,13 +121,25 @@ def jensen_shannon(
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta must be between 0 and 1, both excluded; got {beta}")
-    both = soften(student_logits, teacher_logits, temperature, axis, where)
-    log_m_p = _log_mixture(beta, both.gap)  # log m - log p
-    log_m_q = _log_mixture(1 - beta, -both.gap)
-    log_m = jnp.where(both.log_p > both.log_q, both.log_p + log_m_p, both.log_q + log_m_q)
-    from_teacher = divergence(both.log_p, log_m, log_m_p, axis)
-    from_student = divergence(both.log_q, log_m, log_m_q, axis)
-    return both.t**2 * (beta * from_teacher + (1 - beta) * from_student)
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
+    q, p = (jnp.exp(log_softmax(x, temperature, counts)) for x in (s, t))
+    gap = log_ratio(s, t, temperature, counts)
+    m = beta * p + (1 - beta) * q
+    from_teacher = _to_mixture(p, m, _log_mixture(beta, gap))
+    from_student = _to_mixture(q, m, _log_mixture(1 - beta, -gap))
+    return temperature**2 * (beta * from_teacher + (1 - beta) * from_student)
+
+
+def _to_mixture(p: jax.Array, m: jax.Array, gap: jax.Array) -> jax.Array:
+    """`sum p (log p - log m)`, `gap = log m - log p`.
+
+    Both sum to one, so adding m - p to each term adds nothing in all; but then no term is
+    negative.
+    """
+    gap = jnp.where(p > 0, gap, 0.0)
+    near = (p > 0) & (jnp.abs(gap) < 1)
+    terms = jnp.where(near, p * excess(jnp.where(near, gap, 0.0)), m - p - p * gap)
+    return jnp.sum(terms, -1)
 
 
 def _log_mixture(share: float, gap: jax.Array) -> jax.Array:
@@ -170,9 +182,10 @@ def soft_cross_entropy(
 
     Hinton, Vinyals and Dean, 2015, arXiv:1503.02531.
     """
-    both = soften(student_logits, teacher_logits, temperature, axis, where)
-    p = jnp.exp(both.log_p)
-    return -(both.t**2) * jnp.sum(p * jnp.where(p > 0, both.log_q, 0.0), axis)
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
+    p = jnp.exp(log_softmax(t, temperature, counts))
+    log_q = log_softmax(s, temperature, counts)
+    return -(temperature**2) * jnp.sum(p * jnp.where(p > 0, log_q, 0.0), -1)
 
 
 def mse(
@@ -204,7 +217,6 @@ def mse(
 
     Ba and Caruana, 2014, arXiv:1312.6184; Kim et al., 2021, arXiv:2105.08919.
     """
-    student, teacher, _ = paired(student_logits, teacher_logits)
-    counts = jnp.broadcast_to(True if where is None else where, student.shape)
-    gap = jnp.where(counts, student, 0.0) - jnp.where(counts, teacher, 0.0)
-    return jnp.sum(gap**2, axis) / jnp.maximum(jnp.sum(counts, axis), 1)
+    s, t, _, counts = paired(student_logits, teacher_logits, axis=axis, where=where)
+    gap = jnp.where(counts, s, 0.0) - jnp.where(counts, t, 0.0)
+    return jnp.sum(gap**2, -1) / jnp.maximum(jnp.sum(counts, -1), 1)

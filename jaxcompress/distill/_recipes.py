@@ -138,8 +138,8 @@ def ema_teacher(teacher: Any, student: Any, decay: float | jax.Array) -> Any:
       ValueError: a decay out of range, or leaves of other shapes, with the path.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
-    >>> jc.distill.ema_teacher({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.9)["w"].round(4)
-    Array([0.1, 0.1], dtype=float32)
+    >>> jc.distill.ema_teacher({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.75)["w"]
+    Array([0.25, 0.25], dtype=float32)
 
     Tarvainen and Valpola, 2017, Mean Teachers, arXiv:1703.01780.
     """
@@ -186,8 +186,8 @@ def mutual_kl(
       TypeError: logits that are not floating.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
-    >>> jc.distill.mutual_kl(jnp.array([[jnp.log(3.0), 0.0], [0.0, 0.0]])).round(4)
-    Array([0.1438, 0.1308], dtype=float32)
+    >>> jc.distill.mutual_kl(jnp.array([[jnp.log(3.0), 0.0], [0.0, 0.0]])).round(2)
+    Array([0.14, 0.13], dtype=float32)
 
     Zhang et al., 2018, Deep Mutual Learning, arXiv:1706.00384.
     """

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxcompress.distill._softened import divergence, log_softmax, log_sum_exp, soften
+from jaxcompress.distill._softened import divergence, log_softmax, log_sum_exp
 
 __all__ = ["TopK", "top_k", "top_k_kl"]
 
@@ -82,10 +82,10 @@ def top_k(
         raise TypeError(f"the teacher's logits must be floating; got {teacher_logits.dtype}")
     wide = jnp.promote_types(teacher_logits.dtype, jnp.float32)
     logits = jax.lax.stop_gradient(jnp.moveaxis(teacher_logits, axis, -1)).astype(wide)
-    log_p = log_softmax(logits, -1, _last(where, teacher_logits, axis), temperature)
+    log_p = log_softmax(logits, temperature, _last(where, teacher_logits, axis))
     largest, indices = jax.lax.top_k(log_p, k)
     others = jnp.put_along_axis(log_p, indices, -jnp.inf, -1, inplace=False)
-    rest = log_sum_exp(others, -1, others > -jnp.inf)
+    rest = log_sum_exp(others, others > -jnp.inf)
     # What is least likely of the finite must not become infinite, which means ruled out.
     finite = jnp.isfinite(largest)
     low = jnp.maximum(largest, float(jnp.finfo(dtype).min))
@@ -146,14 +146,14 @@ def top_k_kl(
     indices = teacher.indices.astype(jnp.int32)
     kept = jnp.take_along_axis(logits, indices, -1)
     outside = counts & jnp.put_along_axis(counts, indices, False, -1, inplace=False)
-    others = log_sum_exp(logits, -1, outside)
+    others = log_sum_exp(logits, outside)
     student = jnp.concatenate([kept, others[..., None]], -1)
     log_p = jnp.concatenate([teacher.log_probs.astype(student.dtype), teacher.rest[..., None]], -1)
     there = jnp.concatenate(
         [jnp.take_along_axis(counts, indices, -1), jnp.any(outside, -1, keepdims=True)], -1
     )
-    two = soften(jnp.where(there, student, 0.0), jnp.where(there, log_p, 0.0), 1.0, -1, there)
-    return teacher.temperature**2 * divergence(two.log_p, two.log_q, two.gap, -1)
+    student, log_p = (jnp.where(there, x, 0.0) for x in (student, jax.lax.stop_gradient(log_p)))
+    return teacher.temperature**2 * divergence(student, log_p, 1.0, there)
 
 
 def _last(where: jax.Array | None, logits: jax.Array, axis: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.distill._features import _HIGHEST, _wide
-from jaxcompress.distill._softened import divergence, soften
+from jaxcompress.distill._softened import divergence
 
 __all__ = ["layerwise", "self_relation", "uniform_layers"]
 
@@ -147,8 +147,8 @@ def self_relation(
         scores = jnp.einsum("...ihs,...jhs->...hij", x, x, precision=_HIGHEST)
         return scores / math.sqrt(x.shape[-1])
 
-    seen = counts[..., None, None, :]
-    both = soften(relation(student), relation(teacher), 1.0, -1, seen)
-    rows = divergence(both.log_p, both.log_q, both.gap, -1)
+    ours, theirs = relation(student), relation(teacher)
+    seen = jnp.broadcast_to(counts[..., None, None, :], ours.shape)
+    rows = divergence(ours, theirs, 1.0, seen)
     rows = jnp.where(counts[..., None, :], rows, 0.0)
     return jnp.sum(rows, (-2, -1)) / (heads * jnp.maximum(jnp.sum(counts, -1), 1))
