@@ -36,8 +36,9 @@ def step(
       tx: any Optax optimizer.
 
     Returns:
-      `(params, state, batch) -> (params, state, loss)`. It overwrites the first two:
-      `state = tx.init(params)` to start with, and go on with what it returns.
+      `(params, state, batch) -> (params, state, loss)`; `state = tx.init(params)` to start
+      with. It overwrites nothing: quantized parameters share arrays with those that they
+      were made of. To save memory, put it into a `jax.jit` that donates.
 
     >>> import jax, jax.numpy as jnp, optax, jaxcompress as jc
     >>> params = jc.quantize.prepare_qat({"w": jnp.ones((4, 2))}, {"w": jc.quantize.int4()})
@@ -60,7 +61,7 @@ def step(
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    return jax.jit(run, donate_argnums=(0, 1))
+    return jax.jit(run)
 
 
 def teacher_assistants(
