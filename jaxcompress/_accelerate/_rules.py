@@ -15,6 +15,7 @@ from jax.extend.core import Primitive
 
 from jaxcompress._accelerate import _probe, _products
 from jaxcompress._accelerate._gather import gather
+from jaxcompress._accelerate._named import mark
 from jaxcompress._quax import ragged_dot_general_p, stop_gradient_p
 from jaxcompress.arrays import CompressedArray, QuantizedArray, _views
 from jaxcompress.arrays._quantized import replace
@@ -135,14 +136,15 @@ def _product(primitive: Primitive, operands: list, which: int, run: Callable, pa
     other = operands[1 - which]
     if isinstance(other, CompressedArray):
         operands[1 - which] = other.decoded_for(primitive, "the other operand is compressed too")
-    x, w = operands[1 - which], operands[which].lowered()
+    x, path = operands[1 - which], operands[which].path
+    w = operands[which].lowered()
     if isinstance(w, QuantizedArray):
         out = run(x, w, params["preferred_element_type"] or x.dtype)
         if not isinstance(out, str):
-            return out
+            return mark(path, x, out)
         w = w.decoded_for(primitive, out)
     operands[which] = w
-    return primitive.bind(*operands, **params)
+    return mark(path, x, primitive.bind(*operands, **params))
 
 
 def _dot_general(operands: list, which: int, params: dict) -> Any:
