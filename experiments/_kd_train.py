@@ -1,5 +1,6 @@
 """Training a multilayer perceptron alone or with a teacher: one scan an epoch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,12 +48,9 @@ def apply(
     return x @ params[-1]["kernel"] + params[-1]["bias"]
 
 
-def fit(recipe: Recipe, data: Split, teacher: Any, seed: int, tick: Callable[[], None]) -> Params:
-    """Trains one network; `teacher` are logits for the training images, or None."""
-    start, key = jax.random.split(jax.random.key(seed))
-    x, y = jnp.asarray(data.x), jnp.asarray(data.y)
-    table = jnp.zeros((len(x), 1)) if teacher is None else jnp.asarray(teacher)
-    steps = len(x) // BATCH
+@functools.cache
+def _training(recipe: Recipe, steps: int) -> tuple[Any, Any]:
+    """The optimizer and a compiled epoch, the same for every seed."""
     tx = optax.adam(optax.cosine_decay_schedule(recipe.peak, recipe.epochs * steps))
 
     def epoch(params, state, key, x, y, table):
@@ -75,7 +73,15 @@ def fit(recipe: Recipe, data: Split, teacher: Any, seed: int, tick: Callable[[],
         batches = (order, shifts, jax.random.split(drop_key, steps))
         return jax.lax.scan(step, (params, state), batches)[0]
 
-    run = jax.jit(epoch, donate_argnums=(0, 1))
+    return tx, jax.jit(epoch, donate_argnums=(0, 1))
+
+
+def fit(recipe: Recipe, data: Split, teacher: Any, seed: int, tick: Callable[[], None]) -> Params:
+    """Trains one network; `teacher` are logits for the training images, or None."""
+    start, key = jax.random.split(jax.random.key(seed))
+    x, y = jnp.asarray(data.x), jnp.asarray(data.y)
+    table = jnp.zeros((len(x), 1)) if teacher is None else jnp.asarray(teacher)
+    tx, run = _training(recipe, len(x) // BATCH)
     params = init(start, recipe.hidden, x.shape[1])
     state = tx.init(params)
     for i in range(recipe.epochs):

@@ -97,9 +97,10 @@ def test_only_shifts_are_those_of_scipy():
     how = d.Augmentation(2.0, 1, 0, 0, 0, 0, flip=False)
     moved = [x for x in changed(how) if not np.allclose(x, IMAGES, atol=1e-5)]
     assert moved
-    for out in moved:
+    shift = functools.partial(scipy.ndimage.shift, order=1, mode="grid-constant")
+    for out in moved[:2]:
         best = min(
-            np.abs(scipy.ndimage.shift(IMAGES[0, ..., 0], (-u, -v), order=1) - out[0, ..., 0]).max()
+            np.abs(shift(IMAGES[0, ..., 0], (u, v)) - out[0, ..., 0]).max()
             for u in np.linspace(-2, 2, 81)
             for v in np.linspace(-2, 2, 81)
         )
@@ -167,9 +168,9 @@ def test_updates_are_pure_resume_and_come_nearer(make):
         if i == 30:
             kept = jax.tree.map(lambda x: x, learned)
         learned, _ = method.update(key, learned, REAL)
-    again = kept
+    again, afresh = kept, make()
     for key in keys[30:]:
-        again, _ = make().update(key, again, REAL)
+        again, _ = afresh.update(key, again, REAL)
     np.testing.assert_array_equal(again.images, learned.images)
     trial = jax.random.split(jax.random.key(6), 20)
     mean = lambda at: np.mean([method.update(key, at, REAL)[1] for key in trial])
