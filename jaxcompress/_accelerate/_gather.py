@@ -63,6 +63,7 @@ def gather(
         scale=rows(q.scale, fill_value),
         zero_point=None if q.zero_point is None else rows(q.zero_point, fill),
         act_scale=None if q.act_scale is None else rows(q.act_scale, fill_value),
+        act_offset=None if q.act_offset is None else rows(q.act_offset, fill_value),
         axis=axis,
         group_size=q.group_size and tuple(g for a, g in zip(q.axis, q.group_size) if a in axis),
     )

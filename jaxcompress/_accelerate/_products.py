@@ -82,7 +82,7 @@ def ragged_dot(
     _note_product(w, w, ragged_dot_general_p, m, k, n, x.dtype.name, "integers as floats")
     x_scale = None
     if w.act is not None:
-        x, x_scale = encode_activations(x, w.act, _first(w.act_scale))
+        x, x_scale = _centred(x, w)
     codes = w.codes().astype(x.dtype)
     params = {**params, "preferred_element_type": jnp.dtype(jnp.float32)}
     sums = ragged_dot_general_p.bind(x, codes, group_sizes, **params)
@@ -103,9 +103,7 @@ def convolution(x: jax.Array, w: QuantizedArray, params: dict[str, Any], dtype: 
     if w.act is not None:  # a token is an example here: one scale for each image
         first = numbers.lhs_spec[0]
         rows = jnp.moveaxis(x, first, 0)
-        codes, x_scale = encode_activations(
-            rows.reshape(x.shape[first], -1), w.act, _first(w.act_scale)
-        )
+        codes, x_scale = _centred(rows.reshape(x.shape[first], -1), w)
         x = jnp.moveaxis(codes.reshape(rows.shape), 0, first)
     why = "XLA's float convolution of the integers"
     w.note(lax.conv_general_dilated_p, "convolution", "reference", why)
@@ -121,9 +119,12 @@ def convolution(x: jax.Array, w: QuantizedArray, params: dict[str, Any], dtype: 
     return (sums * w.scale.astype(jnp.float32).reshape(per_feature)).astype(dtype)
 
 
-def _first(act_scale: jax.Array | None) -> jax.Array | None:
-    """A static scale as `[1, 1]`."""
-    return None if act_scale is None else act_scale.reshape(-1)[:1].reshape(1, 1)
+def _centred(x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+    """`x[m, k]` in steps of its scale, zero at zero, which is what padding inserts."""
+    first = lambda part: None if part is None else part.reshape(-1)[:1].reshape(1, 1)
+    assert w.act is not None
+    codes, scale, offset = encode_activations(x, w.act, first(w.act_scale), first(w.act_offset))
+    return (codes if offset is None else codes + offset / scale), scale
 
 
 def _note_product(

@@ -27,7 +27,7 @@ class BitmapSparseArray(CompressedArray):
       stay axes of every leaf, so slices are valid arrays.
     - `values` is `[..., kept]`: floats; or with a `qtype` int8 codes, bit-packed below
       eight bits. Where leading indices keep different numbers, the rest is padding.
-    - `scale` and `act_scale` are those of the `QuantizedArray` that the codes belong to;
+    - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes;
       a dropped element is exactly 0.
 
     There is no product of its own yet: `jaxcompress.accelerate` puts the zeros back, in
@@ -43,6 +43,7 @@ class BitmapSparseArray(CompressedArray):
     values: Any
     scale: Any = None
     act_scale: Any = None
+    act_offset: Any = None
     core: tuple[int, ...] = eqx.field(static=True, kw_only=True)
     kept: int = eqx.field(static=True, kw_only=True)
     qtype: IntType | None = eqx.field(static=True, kw_only=True, default=None)
@@ -82,6 +83,7 @@ class BitmapSparseArray(CompressedArray):
             self.scale,
             None,
             self.act_scale,
+            self.act_offset,
             qtype=self.qtype,
             axis=self.axis,
             group_size=self.group_size,
@@ -144,7 +146,7 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
             stored = pack(stored, array.qtype.bits, -1)
         names = ("qtype", "axis", "group_size", "act", "float_dtype")
         static |= {name: getattr(array, name) for name in names}
-        scales = dict(scale=array.scale, act_scale=array.act_scale)
+        scales = {name: getattr(array, name) for name in ("scale", "act_scale", "act_offset")}
     else:
         static["float_dtype"] = np.dtype(array.dtype)
     bits = jnp.asarray(bitmap.reshape(*lead, bitmap.shape[-1]))

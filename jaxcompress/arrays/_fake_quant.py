@@ -23,7 +23,8 @@ class FakeQuantArray(CompressedArray):
     will store; the gradient passes straight through the rounding. `weight` is the
     trained parameter. `scale` is a trained leaf (LSQ), or None: then it follows the
     weight's absolute maximum, as a constant to the gradient. `act_scale` is the static
-    scale of the activations, trained too, or None where it is dynamic or there is none.
+    scale of the activations, trained too, or None where it is dynamic or there is none;
+    `act_offset` goes with it where they are asymmetric.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> params = jc.quantize.prepare_qat({"w": jnp.ones((4, 2))}, {"w": jc.quantize.w8a8()})
@@ -34,6 +35,7 @@ class FakeQuantArray(CompressedArray):
     weight: Any
     scale: Any = None
     act_scale: Any = None
+    act_offset: Any = None
     qtype: IntType = eqx.field(static=True, kw_only=True)
     axis: Axes = eqx.field(static=True, kw_only=True)
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
@@ -64,7 +66,7 @@ class FakeQuantArray(CompressedArray):
                 "jax.grad(loss) with jc.accelerate(model) inside the loss."
             )
         codes, scale, zero = self._codes()
-        return QuantizedArray(codes, scale, zero, self.act_scale, **self._static())
+        return QuantizedArray(codes, scale, zero, self.act_scale, self.act_offset, **self._static())
 
     def lowered(self) -> QuantizedArray:
         return self.simulate()
@@ -72,7 +74,7 @@ class FakeQuantArray(CompressedArray):
     def convert(self) -> QuantizedArray:
         """The `QuantizedArray` that training has simulated."""
         codes, scale, zero = self._codes()
-        return store(codes, scale, zero, self.act_scale, **self._static())
+        return store(codes, scale, zero, self.act_scale, self.act_offset, **self._static())
 
     def _static(self) -> dict[str, Any]:
         return dict(

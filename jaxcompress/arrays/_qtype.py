@@ -51,7 +51,8 @@ class Activation:
     Dynamic (`static=False`): the scale is the absolute maximum of each token, that is
     of each index of the axes that are not contracted, or of the whole tensor with
     `per_token=False`. Static: one scale for the tensor, fixed by calibration and kept
-    in the array's `act_scale`.
+    in the array's `act_scale`. With an asymmetric `qtype` the range of the activations is
+    fitted, `x ~ codes * scale + offset`, and a static offset is kept in `act_offset`.
 
     >>> import jaxcompress as jc
     >>> jc.quantize.w4a8().act
@@ -63,8 +64,6 @@ class Activation:
     static: bool = False
 
     def __post_init__(self) -> None:
-        if not self.qtype.symmetric:
-            raise ValueError("activations are quantized symmetrically; got " + self.qtype.name)
         if self.static and self.per_token:
             raise ValueError(
                 "a static activation scale covers the whole tensor: use per_token=False"

@@ -31,7 +31,8 @@ class QuantizedArray(CompressedArray):
       or `jax.vmap` is again a valid array.
     - `act` says how the activations that meet the array are quantized, None leaves
       them in floats; `act_scale` is their static scale, of the rank of `values` with
-      size 1 (leading axes apart), or None where the scale is dynamic.
+      size 1 (leading axes apart), or None where the scale is dynamic. `act_offset`, of
+      the same shape, is what code 0 stands for where they are asymmetric.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> q = jc.quantize.quantize({"w": jnp.ones((128, 64))}, {"w": jc.quantize.int4()})["w"]
@@ -43,6 +44,7 @@ class QuantizedArray(CompressedArray):
     scale: Any
     zero_point: Any = None
     act_scale: Any = None
+    act_offset: Any = None
     qtype: IntType = eqx.field(static=True, kw_only=True)
     axis: Axes = eqx.field(static=True, kw_only=True)
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
@@ -107,6 +109,7 @@ def quantize_array(
     group_size: Axes | None = None,
     act: Activation | None = None,
     act_scale: jax.Array | None = None,
+    act_offset: jax.Array | None = None,
     path: str = "",
 ) -> QuantizedArray:
     """Rounds `w` to nearest with scales from its absolute maxima (or its range)."""
@@ -120,6 +123,7 @@ def quantize_array(
         scale,
         zero,
         act_scale,
+        act_offset,
         qtype=qtype,
         axis=axis,
         group_size=group_size,
@@ -134,6 +138,7 @@ def store(
     scale: jax.Array,
     zero_point: jax.Array | None,
     act_scale: jax.Array | None,
+    act_offset: jax.Array | None,
     **static: Any,
 ) -> QuantizedArray:
     """A `QuantizedArray` of whole-number `codes`, bit-packed below eight bits."""
@@ -142,4 +147,4 @@ def store(
     if bits < 8 and axis:
         packed = values.shape[axis[-1]]
         values = pack(values, bits, axis[-1])
-    return QuantizedArray(values, scale, zero_point, act_scale, packed=packed, **static)
+    return QuantizedArray(values, scale, zero_point, act_scale, act_offset, packed=packed, **static)

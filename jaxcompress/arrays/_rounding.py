@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxcompress.arrays._granularity import Axes, expand, reduce_groups
 from jaxcompress.arrays._qtype import IntType
 
-__all__ = ["absmax_scale", "encode", "minmax_scale", "round_ste", "scale_of"]
+__all__ = ["absmax_scale", "encode", "minmax_scale", "range_scale", "round_ste", "scale_of"]
 
 # An absolute maximum divided by a scale that was computed from it may come out a few
 # units in the last place above the largest code; it still counts as inside the range.
@@ -73,6 +73,16 @@ def minmax_scale(
     scale = scale_of(top / 2 - bottom / 2, (qtype.high - qtype.low) / 2)
     zero = jnp.clip(jnp.round(qtype.low - bottom / scale), qtype.low, qtype.high)
     return scale, jnp.where(jnp.isfinite(zero), zero, 0.0).astype(jnp.int8)
+
+
+def range_scale(low: jax.Array, high: jax.Array, qtype: IntType) -> tuple[jax.Array, jax.Array]:
+    """Scale and offset of activations in `low <= 0 <= high`: `x ~ codes * scale + offset`.
+
+    The offset is a multiple of the scale, so that zero stays exactly zero.
+    """
+    scale = scale_of(high / 2 - low / 2, (qtype.high - qtype.low) / 2)
+    zero = jnp.clip(jnp.round(qtype.low - low / scale), qtype.low, qtype.high)
+    return scale, -zero * scale
 
 
 def encode(

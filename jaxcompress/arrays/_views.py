@@ -16,6 +16,7 @@ from jaxcompress.arrays._packing import BLOCK, packed_size
 from jaxcompress.arrays._quantized import QuantizedArray, replace
 
 __all__ = [
+    "SCALES",
     "broadcast_in_dim",
     "concatenate",
     "dynamic_slice",
@@ -27,9 +28,12 @@ __all__ = [
 ]
 
 
+SCALES = ("scale", "zero_point", "act_scale", "act_offset")
+
+
 def map_scales(q: QuantizedArray, fn: Callable[[Any], Any]) -> dict[str, Any]:
     """`fn` of each scale-like leaf that is there."""
-    leaves = dict(scale=q.scale, zero_point=q.zero_point, act_scale=q.act_scale)
+    leaves = {name: getattr(q, name) for name in SCALES}
     return {name: leaf if leaf is None else fn(leaf) for name, leaf in leaves.items()}
 
 

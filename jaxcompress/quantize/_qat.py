@@ -34,8 +34,8 @@ def prepare_qat(
 
     Args:
       params, rules, layout: as for `quantize`.
-      stats: `absmax` statistics for specs with static activations; the activation scales
-        start there, and are trained.
+      stats: statistics for specs with static activations, as for `quantize`; the scales
+        and offsets of the activations start there, and are trained.
       learn_scale: makes each weight's scales trained leaves too, starting from the
         absolute maxima (LSQ); otherwise they follow the maxima.
 
@@ -56,13 +56,13 @@ def prepare_qat(
     Quantization, arXiv:1902.08153.
     """
 
-    def make(w: jax.Array, *, act_scale: Any, **static: Any) -> FakeQuantArray:
+    def make(w: jax.Array, *, act_scale: Any, act_offset: Any, **static: Any) -> FakeQuantArray:
         scale = None
         if learn_scale:
             if not static["qtype"].symmetric:
                 raise ValueError(f"{static['path']!r}: learned scales need a symmetric spec")
             scale = absmax_scale(w, static["axis"], static["group_size"], static["qtype"])
-        return FakeQuantArray(w, scale, act_scale, **static)
+        return FakeQuantArray(w, scale, act_scale, act_offset, **static)
 
     return map_rules(make, params, rules, layout, stats)
 
