@@ -26,6 +26,7 @@ def gather(
     Rows are decoded at once, there are few of them. Matrices, one expert of several
     say, stay compressed: the product that they were looked up for is still to come.
     """
+    q = q.widened() if q.scale.dtype != jnp.float32 else q
     looked_up = [d for d in range(q.ndim) if slice_sizes[d] != q.shape[d]]
     if sorted(dimension_numbers.collapsed_slice_dims) != looked_up:
         return None

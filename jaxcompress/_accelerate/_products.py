@@ -36,10 +36,10 @@ def dot_general(
         return "an empty product"
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"the other operand is {x.dtype}"
-    folded = _fold_contracted_scale(x, w, x_contract, w_contract, x_batch, w_batch)
+    folded = _fold_contracted_scale(x, w.widened(), x_contract, w_contract, x_batch, w_batch)
     if isinstance(folded, str):
         return folded
-    x, w = folded
+    stored, (x, w) = w, folded
     # Groups and bit planes run along the last contracted axis, so it goes last.
     order = sorted(range(len(w_contract)), key=lambda i: w_contract[i] == _run_dimension(w))
     w_contract, x_contract = ([c[i] for i in order] for c in (w_contract, x_contract))
@@ -57,7 +57,7 @@ def dot_general(
     flat = reshape(turned, [*one_batch, *((n, k) if transpose_w else (k, n))])
     if flat is None:
         return "its scales do not follow the axes that the product merges"
-    _note_product(w, flat, lax.dot_general_p, m, k, n, x.dtype.name)
+    _note_product(stored, flat, lax.dot_general_p, m, k, n, x.dtype.name)
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, k)
     out = linear(rows, flat, transpose_w, dtype)
     out = out.reshape(*batch, *(x.shape[d] for d in x_free), *(w.shape[d] for d in w_free))
@@ -79,11 +79,11 @@ def ragged_dot(
     if w.scale.shape[1] != 1 or w.zero_point is not None:
         return "groups or zero points in a ragged product"
     m, (_, k, n) = x.shape[0], w.shape
-    _note_product(w, w, ragged_dot_general_p, m, k, n, x.dtype.name, "integers as floats")
+    _note_product(w, w, ragged_dot_general_p, m, k, n, x.dtype.name, f"{w.qtype.name} as floats")
     x_scale = None
     if w.act is not None:
         x, x_scale = _centred(x, w)
-    codes = w.codes().astype(x.dtype)
+    w, codes = w.widened(), w.numbers().astype(x.dtype)
     params = {**params, "preferred_element_type": jnp.dtype(jnp.float32)}
     sums = ragged_dot_general_p.bind(x, codes, group_sizes, **params)
     expert = jnp.repeat(jnp.arange(w.shape[0]), group_sizes, total_repeat_length=m)
@@ -105,11 +105,11 @@ def convolution(x: jax.Array, w: QuantizedArray, params: dict[str, Any], dtype: 
         rows = jnp.moveaxis(x, first, 0)
         codes, x_scale = _centred(rows.reshape(x.shape[first], -1), w)
         x = jnp.moveaxis(codes.reshape(rows.shape), 0, first)
-    why = "XLA's float convolution of the integers"
+    why = f"XLA's float convolution of {w.qtype.name} as floats"
     w.note(lax.conv_general_dilated_p, "convolution", "reference", why)
     params = {**params, "preferred_element_type": None}
-    sums = lax.conv_general_dilated_p.bind(x, w.codes().astype(x.dtype), **params)
-    sums = sums.astype(jnp.float32)
+    sums = lax.conv_general_dilated_p.bind(x, w.numbers().astype(x.dtype), **params)
+    w, sums = w.widened(), sums.astype(jnp.float32)
     if x_scale is not None:
         per_example = [1] * sums.ndim
         per_example[numbers.out_spec[0]] = x_scale.shape[0]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxcompress.arrays._base import CompressedArray
 from jaxcompress.arrays._granularity import Axes
 from jaxcompress.arrays._packing import pack, unpack
-from jaxcompress.arrays._qtype import Activation, IntType
+from jaxcompress.arrays._qtype import Activation, IntType, QType
 from jaxcompress.arrays._quantized import QuantizedArray
 
 __all__ = ["BitmapSparseArray", "bitmap_of"]
@@ -46,7 +46,7 @@ class BitmapSparseArray(CompressedArray):
     act_offset: Any = None
     core: tuple[int, ...] = eqx.field(static=True, kw_only=True)
     kept: int = eqx.field(static=True, kw_only=True)
-    qtype: IntType | None = eqx.field(static=True, kw_only=True, default=None)
+    qtype: QType | None = eqx.field(static=True, kw_only=True, default=None)
     axis: Axes = eqx.field(static=True, kw_only=True, default=())
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
@@ -127,6 +127,8 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
 
     Codes that are zero anyway are dropped too. The first `leading` axes stay axes.
     """
+    if isinstance(array, QuantizedArray) and not isinstance(array.qtype, IntType):
+        raise TypeError(f"bitmaps hold integers; {path!r} is {array.qtype.name}")
     values = np.asarray(array.codes() if isinstance(array, QuantizedArray) else array)
     keep = np.asarray(mask) & (values != 0)
     lead, core = values.shape[:leading], values.shape[leading:]

@@ -8,10 +8,10 @@ import numpy as np
 
 from jaxcompress._quax import differentiated_inside
 from jaxcompress.arrays._base import CompressedArray
+from jaxcompress.arrays._fit import Fit, fit
 from jaxcompress.arrays._granularity import Axes
-from jaxcompress.arrays._qtype import Activation, IntType
-from jaxcompress.arrays._quantized import QuantizedArray, store
-from jaxcompress.arrays._rounding import absmax_scale, encode, minmax_scale
+from jaxcompress.arrays._qtype import Activation, QType
+from jaxcompress.arrays._quantized import QuantizedArray, encode_with, store
 
 __all__ = ["FakeQuantArray"]
 
@@ -36,7 +36,7 @@ class FakeQuantArray(CompressedArray):
     scale: Any = None
     act_scale: Any = None
     act_offset: Any = None
-    qtype: IntType = eqx.field(static=True, kw_only=True)
+    qtype: QType = eqx.field(static=True, kw_only=True)
     axis: Axes = eqx.field(static=True, kw_only=True)
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
@@ -45,17 +45,14 @@ class FakeQuantArray(CompressedArray):
     def aval(self) -> jax.core.ShapedArray:
         return jax.core.ShapedArray(self.weight.shape, self.weight.dtype)
 
-    def _codes(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Float codes, scales and zero points, as training sees them."""
-        scale, zero = self.scale, None
-        if scale is None and self.qtype.symmetric:
-            scale = absmax_scale(self.weight, self.axis, self.group_size, self.qtype)
-        elif scale is None:
-            scale, zero = minmax_scale(self.weight, self.axis, self.group_size, self.qtype)
-        if self.scale is None:  # a statistic of the weight, not something to descend on
-            scale = jax.lax.stop_gradient(scale)
-        codes = encode(self.weight, scale, zero, self.qtype, self.axis, self.group_size)
-        return codes, scale, zero
+    def _numbers(self) -> tuple[jax.Array, Fit]:
+        """Numbers of the format, and their scales, as training sees them."""
+        if self.scale is not None:
+            found = Fit(self.scale)
+        else:  # a statistic of the weight, not something to descend on
+            found = fit(self.weight, self.axis, self.group_size, self.qtype)
+            found = jax.lax.stop_gradient(found)
+        return encode_with(found, self.weight, self.qtype, self.axis, self.group_size), found
 
     def simulate(self) -> QuantizedArray:
         """The array that `convert` would store, its codes as floats with a gradient."""
@@ -65,16 +62,17 @@ class FakeQuantArray(CompressedArray):
                 "the gradients of its scales would be lost. Differentiate outside: "
                 "jax.grad(loss) with jc.accelerate(model) inside the loss."
             )
-        codes, scale, zero = self._codes()
-        return QuantizedArray(codes, scale, zero, self.act_scale, self.act_offset, **self._static())
+        numbers, found = self._numbers()
+        zero, acts = found.zero_point, (self.act_scale, self.act_offset)
+        return QuantizedArray(numbers, found.full(), zero, *acts, **self._static())
 
     def lowered(self) -> QuantizedArray:
         return self.simulate()
 
     def convert(self) -> QuantizedArray:
         """The `QuantizedArray` that training has simulated."""
-        codes, scale, zero = self._codes()
-        return store(codes, scale, zero, self.act_scale, self.act_offset, **self._static())
+        numbers, found = self._numbers()
+        return store(numbers, found, self.act_scale, self.act_offset, **self._static())
 
     def _static(self) -> dict[str, Any]:
         return dict(

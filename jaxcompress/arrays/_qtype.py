@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-__all__ = ["Activation", "IntType", "float_dtype"]
+from jaxcompress.arrays._formats import CodebookType, FloatType, OddType, TernaryType
+
+__all__ = ["Activation", "IntType", "QType", "float_dtype"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,22 @@ class IntType:
         """The smallest code."""
         return -self.high if self.symmetric else -self.high - 1
 
+    @property
+    def integer(self) -> bool:
+        return True
+
+    def nearest(self, x: jax.Array) -> jax.Array:
+        return jnp.round(x)
+
+    def encode(self, numbers: jax.Array) -> jax.Array:
+        return numbers.astype(jnp.int8)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        return codes
+
+
+QType = IntType | OddType | TernaryType | FloatType | CodebookType
+
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
@@ -59,7 +78,7 @@ class Activation:
     Activation(qtype=IntType(bits=8, symmetric=True), per_token=True, static=False)
     """
 
-    qtype: IntType
+    qtype: QType
     per_token: bool = True
     static: bool = False
 

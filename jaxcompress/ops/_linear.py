@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays._qtype import Activation
+from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._rounding import encode, range_scale, scale_of
 from jaxcompress.ops import _int8_matmul, _quantized_matmul
@@ -31,18 +31,17 @@ def linear(x: jax.Array, w: QuantizedArray, transpose_w: bool, dtype: Any) -> ja
     dimensions of both are the same.
     """
     static = _Static(w.act, _group_size(w, transpose_w), transpose_w, w.qtype.bits)
-    if jnp.issubdtype(w.values.dtype, jnp.floating):
-        scales = (w.scale, w.zero_point, w.act_scale, w.act_offset)
-        return _simulate(static, x, w.values, *scales).astype(dtype)
+    scales = (w.scale, w.zero_point, w.act_scale, w.act_offset)
+    if _floats(w) is not None:
+        return _simulate(static, x, w.numbers(), *scales).astype(dtype)
     if w.act is not None:
-        scales = (w.scale, w.zero_point, w.act_scale, w.act_offset)
-        return _int_linear(static, x, w.codes(), *scales).astype(dtype)
+        return _int_linear(static, x, w.numbers(), *scales).astype(dtype)
     return quantized_matmul(
         x,
-        w.values,
+        w.values if isinstance(w.qtype, IntType) else w.numbers(),
         w.scale,
         w.zero_point,
-        bits=w.qtype.bits,
+        bits=w.qtype.bits if isinstance(w.qtype, IntType) else 8,
         group_size=static.group_size,
         transpose_w=transpose_w,
         dtype=dtype,
@@ -54,15 +53,27 @@ def plan(
 ) -> tuple[str, Choice]:
     """The op that `linear` calls, and its implementation on `platform`."""
     group = max(w.group_size) if w.group_size else None
-    if jnp.issubdtype(w.values.dtype, jnp.floating):
-        how = Implementation("reference", "rounded floats, with gradients", _simulate)
-        return "simulated", Choice(how, how.does)
+    floats = _floats(w)
+    if floats is not None:
+        how = Implementation("reference", floats[1], _simulate)
+        return floats[0], Choice(how, how.does)
     problem = Problem(m=m, k=k, n=n, bits=w.qtype.bits, group_size=group, dtype=dtype)
     if w.act is None:
         return "quantized_matmul", choose(_quantized_matmul.table(), problem, platform)
     if group:
         problem = dataclasses.replace(problem, k=min(group, k))
     return "int8_matmul", choose(_int8_matmul.table(), problem, platform)
+
+
+def _floats(w: QuantizedArray) -> tuple[str, str] | None:
+    """The op and the reason where a product runs on floats, None where on integers."""
+    if jnp.issubdtype(w.values.dtype, jnp.floating):
+        return "simulated", "rounded floats, with gradients"
+    if not w.qtype.integer:
+        return "quantized_matmul", f"a float product of the decoded {w.qtype.name}"
+    if w.act is not None and not w.act.qtype.integer:
+        return "quantized_matmul", f"a float product of {w.act.qtype.name} activations"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

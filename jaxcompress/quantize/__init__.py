@@ -1,5 +1,15 @@
 """Quantization: specs, rounding to nearest, and training for it."""
 
+from jaxcompress.quantize._format_specs import (
+    binary,
+    fp8_e4m3,
+    fp8_e5m2,
+    mxfp4,
+    mxfp8,
+    nf4,
+    nvfp4,
+    ternary,
+)
 from jaxcompress.quantize._qat import convert, freeze, prepare_qat, trainable
 from jaxcompress.quantize._quantize import quantize
 from jaxcompress.quantize._specs import (
@@ -17,14 +27,22 @@ from jaxcompress.quantize._specs import (
 
 __all__ = [
     "Spec",
+    "binary",
     "convert",
+    "fp8_e4m3",
+    "fp8_e5m2",
     "freeze",
     "int2",
     "int3",
     "int4",
     "int8",
+    "mxfp4",
+    "mxfp8",
+    "nf4",
+    "nvfp4",
     "prepare_qat",
     "quantize",
+    "ternary",
     "trainable",
     "w4a4",
     "w4a8",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress._paths import map_with_paths
-from jaxcompress.arrays import FakeQuantArray, is_compressed
-from jaxcompress.arrays._rounding import absmax_scale
+from jaxcompress.arrays import FakeQuantArray, FloatType, is_compressed
+from jaxcompress.arrays._fit import fit
 from jaxcompress.quantize._resolve import map_rules
 from jaxcompress.quantize._specs import Spec
 
@@ -59,9 +59,13 @@ def prepare_qat(
     def make(w: jax.Array, *, act_scale: Any, act_offset: Any, **static: Any) -> FakeQuantArray:
         scale = None
         if learn_scale:
-            if not static["qtype"].symmetric:
-                raise ValueError(f"{static['path']!r}: learned scales need a symmetric spec")
-            scale = absmax_scale(w, static["axis"], static["group_size"], static["qtype"])
+            qtype = static["qtype"]
+            if not qtype.symmetric or (isinstance(qtype, FloatType) and qtype.scales != "float32"):
+                raise ValueError(
+                    f"{static['path']!r}: learned scales need a symmetric spec with float32 "
+                    f"scales, not {qtype.name}"
+                )
+            scale = fit(w, static["axis"], static["group_size"], qtype).scale
         return FakeQuantArray(w, scale, act_scale, act_offset, **static)
 
     return map_rules(make, params, rules, layout, stats)

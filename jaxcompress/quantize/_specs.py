@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxcompress.arrays import Activation, IntType
+from jaxcompress.arrays._qtype import QType
 
 __all__ = ["Spec", "int2", "int3", "int4", "int8", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16"]
 
@@ -15,7 +16,7 @@ class Spec:
     """How to quantize a weight, and the activations that meet it.
 
     Attributes:
-      qtype: the integers that the weight becomes.
+      qtype: the numbers that the weight becomes.
       axis: the axes along which weights share a scale, those that the product
         contracts. None takes them from the layout, or, without one, -2: one scale for
         each index of the last axis, the output channels of Flax's `Dense`.
@@ -28,7 +29,7 @@ class Spec:
     'int5'
     """
 
-    qtype: IntType
+    qtype: QType
     axis: Axis = None
     group_size: Axis = None
     act: Activation | None = None
