@@ -1,9 +1,11 @@
 """`FakeQuantArray`: the float twin of `QuantizedArray`, for training."""
 
+import math
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._quax import differentiated_inside
@@ -12,6 +14,7 @@ from jaxcompress.arrays._fit import Fit, fit
 from jaxcompress.arrays._granularity import Axes
 from jaxcompress.arrays._qtype import Activation, QType
 from jaxcompress.arrays._quantized import QuantizedArray, encode_with, store
+from jaxcompress.arrays._rounding import scale_gradient
 
 __all__ = ["FakeQuantArray"]
 
@@ -24,7 +27,11 @@ class FakeQuantArray(CompressedArray):
     trained parameter. `scale` is a trained leaf (LSQ), or None: then it follows the
     weight's absolute maximum, as a constant to the gradient. `act_scale` is the static
     scale of the activations, trained too, or None where it is dynamic or there is none;
-    `act_offset` goes with it where they are asymmetric.
+    `act_offset` goes with it where they are asymmetric. `act_clip` stands for both where
+    clipping is learned: activations go from 0 to it (PACT).
+
+    With `gradient_scale` the gradients of the scales are multiplied by `1 / sqrt(N Q)`
+    (LSQ); with `through_tanh` it is the weight's tanh that is quantized (DoReFa).
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> params = jc.quantize.prepare_qat({"w": jnp.ones((4, 2))}, {"w": jc.quantize.w8a8()})
@@ -36,10 +43,13 @@ class FakeQuantArray(CompressedArray):
     scale: Any = None
     act_scale: Any = None
     act_offset: Any = None
+    act_clip: Any = None
     qtype: QType = eqx.field(static=True, kw_only=True)
     axis: Axes = eqx.field(static=True, kw_only=True)
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
+    gradient_scale: bool = eqx.field(static=True, kw_only=True, default=False)
+    through_tanh: bool = eqx.field(static=True, kw_only=True, default=False)
     path: str = eqx.field(static=True, kw_only=True, default="")
 
     def aval(self) -> jax.core.ShapedArray:
@@ -47,12 +57,32 @@ class FakeQuantArray(CompressedArray):
 
     def _numbers(self) -> tuple[jax.Array, Fit]:
         """Numbers of the format, and their scales, as training sees them."""
+        weight = self.weight
+        if self.through_tanh:
+            weight = jnp.tanh(weight.astype(jnp.float32))
         if self.scale is not None:
-            found = Fit(self.scale)
+            found = Fit(self._damped(self.scale, self.weight.size / self.scale.size, self.qtype))
         else:  # a statistic of the weight, not something to descend on
-            found = fit(self.weight, self.axis, self.group_size, self.qtype)
+            found = fit(weight, self.axis, self.group_size, self.qtype)
             found = jax.lax.stop_gradient(found)
-        return encode_with(found, self.weight, self.qtype, self.axis, self.group_size), found
+        return encode_with(found, weight, self.qtype, self.axis, self.group_size), found
+
+    def _act(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """The static scale and offset of the activations."""
+        if self.act is None:
+            return None, None
+        if self.act_clip is not None:
+            steps = self.act.qtype.high - self.act.qtype.low
+            scale = self.act_clip * jnp.float32(1 / steps)
+            return scale, -self.act.qtype.low * scale
+        features = math.prod(self.weight.shape[a] for a in self.axis)
+        damp = lambda x: None if x is None else self._damped(x, features, self.act.qtype)
+        return damp(self.act_scale), damp(self.act_offset)
+
+    def _damped(self, x: jax.Array, count: float, qtype: QType) -> jax.Array:
+        if not self.gradient_scale:
+            return x
+        return scale_gradient(x, 1 / math.sqrt(max(count, 1) * qtype.high))
 
     def simulate(self) -> QuantizedArray:
         """The array that `convert` would store, its codes as floats with a gradient."""
@@ -63,8 +93,9 @@ class FakeQuantArray(CompressedArray):
                 "jax.grad(loss) with jc.accelerate(model) inside the loss."
             )
         numbers, found = self._numbers()
-        zero, acts = found.zero_point, (self.act_scale, self.act_offset)
-        return QuantizedArray(numbers, found.full(), zero, *acts, **self._static())
+        return QuantizedArray(
+            numbers, found.full(), found.zero_point, *self._act(), **self._static()
+        )
 
     def lowered(self) -> QuantizedArray:
         return self.simulate()
@@ -72,7 +103,7 @@ class FakeQuantArray(CompressedArray):
     def convert(self) -> QuantizedArray:
         """The `QuantizedArray` that training has simulated."""
         numbers, found = self._numbers()
-        return store(numbers, found, self.act_scale, self.act_offset, **self._static())
+        return store(numbers, found, *self._act(), **self._static())
 
     def _static(self) -> dict[str, Any]:
         return dict(

@@ -11,7 +11,7 @@ from jaxcompress.arrays._granularity import Axes, expand, reduce_groups
 from jaxcompress.arrays._qtype import QType
 from jaxcompress.arrays._rounding import absmax_scale, minmax_scale, scale_of
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "fit", "mean_magnitude"]
 
 _E4M3 = FloatType(4, 3, 448.0)
 
@@ -33,7 +33,7 @@ class Fit(NamedTuple):
 def fit(w: jax.Array, axis: Axes, group_size: Axes | None, qtype: QType) -> Fit:
     """The scales (and zero points) of `w` in the format `qtype`."""
     if isinstance(qtype, OddType) and qtype.bits == 1:
-        return Fit(_mean(jnp.abs(w.astype(jnp.float32)), axis, group_size))
+        return Fit(mean_magnitude(w, axis, group_size))
     if isinstance(qtype, TernaryType):
         return _ternary(w, axis, group_size, qtype)
     if not qtype.symmetric:
@@ -48,8 +48,9 @@ def fit(w: jax.Array, axis: Axes, group_size: Axes | None, qtype: QType) -> Fit:
     return Fit(absmax_scale(w, axis, group_size, qtype))
 
 
-def _mean(x: jax.Array, axis: Axes, group_size: Axes | None) -> jax.Array:
-    """The mean of each group; 1 where it is zero."""
+def mean_magnitude(w: jax.Array, axis: Axes, group_size: Axes | None) -> jax.Array:
+    """`mean |w|` of each group, in float32; 1 where it is zero."""
+    x = jnp.abs(w.astype(jnp.float32))
     count = reduce_groups(jnp.ones_like(x), axis, group_size, jnp.sum, 0.0)
     total = reduce_groups(x, axis, group_size, jnp.sum, 0.0)
     return scale_of(total / jnp.maximum(count, 1.0), 1.0)
@@ -58,7 +59,7 @@ def _mean(x: jax.Array, axis: Axes, group_size: Axes | None) -> jax.Array:
 def _ternary(w: jax.Array, axis: Axes, group_size: Axes | None, qtype: TernaryType) -> Fit:
     """`|w| > d` is kept, `d = threshold mean |w|`; the scale is the mean of what is kept."""
     size = jnp.abs(w.astype(jnp.float32))
-    limit = qtype.threshold * _mean(size, axis, group_size)
+    limit = qtype.threshold * mean_magnitude(w, axis, group_size)
     kept = size > expand(limit, w.shape, axis, group_size)
     count = reduce_groups(kept.astype(jnp.float32), axis, group_size, jnp.sum, 0.0)
     total = reduce_groups(jnp.where(kept, size, 0.0), axis, group_size, jnp.sum, 0.0)

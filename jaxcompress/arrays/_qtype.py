@@ -73,16 +73,29 @@ class Activation:
     in the array's `act_scale`. With an asymmetric `qtype` the range of the activations is
     fitted, `x ~ codes * scale + offset`, and a static offset is kept in `act_offset`.
 
+    In training, gradients that come back are rounded stochastically to `grad_bits`, 2 to
+    8, and multiplied as integers; and with `clip_gradient` the gradient to a static range
+    is that of clipping alone (PACT).
+
     >>> import jaxcompress as jc
-    >>> jc.quantize.w4a8().act
-    Activation(qtype=IntType(bits=8, symmetric=True), per_token=True, static=False)
+    >>> jc.quantize.w4a8().act.qtype.bits
+    8
     """
 
     qtype: QType
     per_token: bool = True
     static: bool = False
+    grad_bits: int | None = None
+    clip_gradient: bool = False
 
     def __post_init__(self) -> None:
+        if self.grad_bits is not None and not (
+            2 <= self.grad_bits <= 8 and isinstance(self.qtype, IntType)
+        ):
+            raise ValueError(
+                "gradients take 2 to 8 bits, with integer activations; got "
+                f"grad_bits={self.grad_bits} and {self.qtype.name}"
+            )
         if self.static and self.per_token:
             raise ValueError(
                 "a static activation scale covers the whole tensor: use per_token=False"

@@ -20,6 +20,7 @@ __all__ = [
     "minmax_scale",
     "range_scale",
     "round_ste",
+    "scale_gradient",
     "scale_of",
 ]
 
@@ -94,6 +95,17 @@ def minmax_scale(
     scale = scale_of(top / 2 - bottom / 2, (qtype.high - qtype.low) / 2)
     zero = jnp.clip(jnp.round(qtype.low - bottom / scale), qtype.low, qtype.high)
     return scale, jnp.where(jnp.isfinite(zero), zero, 0.0).astype(jnp.int8)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
+    """`x`, whose gradient is multiplied by `factor`."""
+    return x
+
+
+@scale_gradient.defjvp
+def _(factor, primals, tangents):
+    return primals[0], tangents[0] * factor
 
 
 def encode_through(

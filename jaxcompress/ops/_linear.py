@@ -18,6 +18,7 @@ from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._rounding import encode, range_scale, scale_of
 from jaxcompress.ops import _int8_matmul, _quantized_matmul
 from jaxcompress.ops._choice import Choice, Implementation, Problem, choose
+from jaxcompress.ops._gradients import quantized_gradient_dot
 from jaxcompress.ops._int8_matmul import int8_matmul, scaled_sums
 from jaxcompress.ops._quantized_matmul import float_dot, quantized_matmul, scaled_dot
 
@@ -110,6 +111,8 @@ def encode_activations(
                 "asymmetric; the array has none"
             )
         scale = scale.astype(jnp.float32)
+        if act.clip_gradient:
+            x, scale, offset = _clipped(x, scale, offset, act)
     else:
         axis, reals = -1 if act.per_token else None, x.astype(jnp.float32)
         largest = lambda v: jnp.max(v, axis, keepdims=True, initial=0.0)
@@ -120,6 +123,17 @@ def encode_activations(
         scale, offset = jax.lax.stop_gradient((scale, offset))
     reals = x if offset is None else x.astype(jnp.float32) - offset
     return encode(reals, scale, None, act.qtype, (), None), scale, offset
+
+
+def _clipped(
+    x: jax.Array, scale: jax.Array, offset: jax.Array | None, act: Activation
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The range of PACT: what lies beyond an end gets its gradient, nothing else does."""
+    ends = (act.qtype.low * scale, act.qtype.high * scale)
+    low, high = ends if offset is None else (end + offset for end in ends)
+    reals = x.astype(jnp.float32)
+    reals = jnp.where(reals >= high, high, jnp.where(reals <= low, low, reals))
+    return reals, *jax.lax.stop_gradient((scale, offset))
 
 
 def _rows(
@@ -149,8 +163,11 @@ def _simulate(static, x, codes, scale, zero, act_scale, act_offset):
         return scaled_dot(x, codes, scale, zero, group, transpose_w)
     columns = jnp.swapaxes(scale, -1, -2) if transpose_w else scale
     zeros = jnp.swapaxes(zero, -1, -2) if transpose_w and zero is not None else zero
+    dot = float_dot
+    if static.act.grad_bits is not None:
+        dot = functools.partial(quantized_gradient_dot, static.act.grad_bits)
     product = lambda x_codes, x_scale: scaled_sums(
-        float_dot, x_codes, codes, x_scale, columns, zeros, group, transpose_w
+        dot, x_codes, codes, x_scale, columns, zeros, group, transpose_w
     )
     return _rows(product, static, x, act_scale, act_offset)
 

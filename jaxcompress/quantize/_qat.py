@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress._paths import map_with_paths
-from jaxcompress.arrays import FakeQuantArray, FloatType, is_compressed
+from jaxcompress.arrays import FakeQuantArray, is_compressed
 from jaxcompress.arrays._fit import fit
+from jaxcompress.quantize._methods import check_learned
 from jaxcompress.quantize._resolve import map_rules
 from jaxcompress.quantize._specs import Spec
 
@@ -37,7 +38,8 @@ def prepare_qat(
       stats: statistics for specs with static activations, as for `quantize`; the scales
         and offsets of the activations start there, and are trained.
       learn_scale: makes each weight's scales trained leaves too, starting from the
-        absolute maxima (LSQ); otherwise they follow the maxima.
+        absolute maxima; otherwise they follow the maxima. `lsq` starts elsewhere, and
+        scales their gradient as published.
 
     Returns:
       A tree like `params` with `FakeQuantArray` leaves.
@@ -59,13 +61,8 @@ def prepare_qat(
     def make(w: jax.Array, *, act_scale: Any, act_offset: Any, **static: Any) -> FakeQuantArray:
         scale = None
         if learn_scale:
-            qtype = static["qtype"]
-            if not qtype.symmetric or (isinstance(qtype, FloatType) and qtype.scales != "float32"):
-                raise ValueError(
-                    f"{static['path']!r}: learned scales need a symmetric spec with float32 "
-                    f"scales, not {qtype.name}"
-                )
-            scale = fit(w, static["axis"], static["group_size"], qtype).scale
+            check_learned(static["qtype"], static["path"])
+            scale = fit(w, static["axis"], static["group_size"], static["qtype"]).scale
         return FakeQuantArray(w, scale, act_scale, act_offset, **static)
 
     return map_rules(make, params, rules, layout, stats)

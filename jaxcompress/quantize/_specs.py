@@ -39,6 +39,8 @@ class Spec:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 object.__setattr__(self, name, tuple(value))
+        if self.act is not None and self.act.grad_bits and not self.qtype.integer:
+            raise ValueError(f"gradients in integers need integer weights, not {self.qtype.name}")
 
 
 def _weights(bits: int, axis: Axis, group_size: Axis, symmetric: bool) -> Spec:
@@ -129,9 +131,13 @@ def _both(
     static: bool,
     per_token: bool,
     act_symmetric: bool,
+    grad_bits: int | None,
 ) -> Spec:
     act = Activation(
-        IntType(act_bits, act_symmetric), per_token=per_token and not static, static=static
+        IntType(act_bits, act_symmetric),
+        per_token=per_token and not static,
+        static=static,
+        grad_bits=grad_bits,
     )
     return Spec(qtype=IntType(bits), axis=axis, group_size=group_size, act=act)
 
@@ -143,6 +149,7 @@ def w8a8(
     static: bool = False,
     per_token: bool = True,
     act_symmetric: bool = True,
+    grad_bits: int | None = None,
 ) -> Spec:
     """Eight-bit weights and activations, multiplied as integers.
 
@@ -157,6 +164,8 @@ def w8a8(
         False once for the whole tensor.
       act_symmetric: False fits the range of the activations with an offset instead, which
         is worth a bit after a ReLU: `x ~ s_x x_q + o_x`.
+      grad_bits: in training, rounds the gradients that come back to this many bits,
+        stochastically, and multiplies them as integers too; None leaves them in floats.
 
     >>> import jaxcompress as jc
     >>> jc.quantize.w8a8(static=True).act.static
@@ -164,7 +173,7 @@ def w8a8(
 
     Jacob et al., 2018, arXiv:1712.05877.
     """
-    return _both(8, 8, axis, group_size, static, per_token, act_symmetric)
+    return _both(8, 8, axis, group_size, static, per_token, act_symmetric, grad_bits)
 
 
 def w4a8(
@@ -174,6 +183,7 @@ def w4a8(
     static: bool = False,
     per_token: bool = True,
     act_symmetric: bool = True,
+    grad_bits: int | None = None,
 ) -> Spec:
     """Four-bit weights and eight-bit activations, multiplied as integers; see `w8a8`.
 
@@ -181,7 +191,7 @@ def w4a8(
     >>> jc.quantize.w4a8(group_size=64).act.qtype.bits
     8
     """
-    return _both(4, 8, axis, group_size, static, per_token, act_symmetric)
+    return _both(4, 8, axis, group_size, static, per_token, act_symmetric, grad_bits)
 
 
 def w4a4(
@@ -191,6 +201,7 @@ def w4a4(
     static: bool = False,
     per_token: bool = True,
     act_symmetric: bool = True,
+    grad_bits: int | None = None,
 ) -> Spec:
     """Four-bit weights and activations, multiplied as integers; see `w8a8`.
 
@@ -198,4 +209,4 @@ def w4a4(
     >>> jc.quantize.w4a4().act.qtype.high
     7
     """
-    return _both(4, 4, axis, group_size, static, per_token, act_symmetric)
+    return _both(4, 4, axis, group_size, static, per_token, act_symmetric, grad_bits)
