@@ -28,7 +28,8 @@ class FakeQuantArray(CompressedArray):
     weight's absolute maximum, as a constant to the gradient. `act_scale` is the static
     scale of the activations, trained too, or None where it is dynamic or there is none;
     `act_offset` goes with it where they are asymmetric. `act_clip` stands for both where
-    clipping is learned: activations go from 0 to it (PACT).
+    clipping is learned: activations go from 0 to it (PACT). So they do, up to the largest
+    code, where they are asymmetric without an `act_offset` (LSQ).
 
     With `gradient_scale` the gradients of the scales are multiplied by `1 / sqrt(N Q)`
     (LSQ); with `through_tanh` it is the weight's tanh that is quantized (DoReFa).
@@ -77,7 +78,10 @@ class FakeQuantArray(CompressedArray):
             return scale, -self.act.qtype.low * scale
         features = math.prod(self.weight.shape[a] for a in self.axis)
         damp = lambda x: None if x is None else self._damped(x, features, self.act.qtype)
-        return damp(self.act_scale), damp(self.act_offset)
+        scale, offset = damp(self.act_scale), damp(self.act_offset)
+        if scale is not None and offset is None and not self.act.qtype.symmetric:
+            offset = -self.act.qtype.low * scale  # the lowest code stands for zero
+        return scale, offset
 
     def _damped(self, x: jax.Array, count: float, qtype: QType) -> jax.Array:
         if not self.gradient_scale:

@@ -29,7 +29,8 @@ def lsq(params: Any, rules: Rules, *, layout: Any = None, stats: Any = None) -> 
 
     Args:
       params, rules, layout, stats: as for `prepare_qat`; activations start where `stats`
-        says, `jc.statistics.mse(bits)` for instance.
+        says, `jc.statistics.mse(bits)` for instance. Asymmetric ones are unsigned: they go
+        from zero up, as after a ReLU.
 
     Returns:
       A tree like `params` with `FakeQuantArray` leaves, as from `prepare_qat`; train it with
@@ -91,7 +92,7 @@ def lsq_plus(params: Any, rules: Rules, *, layout: Any = None, stats: Any = None
         reach = jnp.abs(mean) + 3 * jnp.sqrt(total(centred**2) / count)
         return scale_of(reach, 2 ** (qtype.bits - 1))
 
-    return _learned(start, params, rules, layout, stats)
+    return _learned(start, params, rules, layout, stats, offsets=True)
 
 
 def pact(params: Any, rules: Rules, *, layout: Any = None, stats: Any = None) -> Any:
@@ -185,11 +186,21 @@ def dorefa(params: Any, rules: Rules, *, layout: Any = None, stats: Any = None) 
 
 
 def _learned(
-    start: Callable[..., jax.Array], params: Any, rules: Rules, layout: Any, stats: Any
+    start: Callable[..., jax.Array],
+    params: Any,
+    rules: Rules,
+    layout: Any,
+    stats: Any,
+    offsets: bool = False,
 ) -> Any:
     def make(w: jax.Array, *, act_scale: Any, act_offset: Any, **static: Any) -> FakeQuantArray:
         check_learned(static["qtype"], static["path"])
         scale = start(w, static["qtype"], static["axis"], static["group_size"])
+        if act_offset is not None and not offsets:
+            # The same upper end, from zero.
+            qtype = static["act"].qtype
+            top = qtype.high * act_scale + act_offset
+            act_scale, act_offset = top * jnp.float32(1 / (qtype.high - qtype.low)), None
         return FakeQuantArray(w, scale, act_scale, act_offset, gradient_scale=True, **static)
 
     return map_rules(make, params, rules, layout, stats)

@@ -49,8 +49,8 @@ def delayed(fn: Callable[..., Any], begin: int) -> Callable[..., Any]:
     return run
 
 
-class _Count(NamedTuple):
-    count: jax.Array
+class _Steps(NamedTuple):
+    done: jax.Array
 
 
 def freeze_ranges(begin: int) -> optax.GradientTransformation:
@@ -77,15 +77,15 @@ def freeze_ranges(begin: int) -> optax.GradientTransformation:
     arXiv:1806.08342.
     """
 
-    def update(updates: Any, state: _Count, params: Any = None) -> tuple[Any, _Count]:
+    def update(updates: Any, state: _Steps, params: Any = None) -> tuple[Any, _Steps]:
         if params is None:
             raise ValueError("freeze_ranges needs params: tx.update(grads, state, params)")
-        moves = state.count < begin
+        moves = state.done < begin
         stop = lambda u, label: u * moves.astype(u.dtype) if label == "scale" else u
         updates = jax.tree.map(stop, updates, trainable(params))
-        return updates, _Count(state.count + 1)
+        return updates, _Steps(state.done + 1)
 
-    return optax.GradientTransformation(lambda params: _Count(jnp.zeros((), jnp.int32)), update)
+    return optax.GradientTransformation(lambda params: _Steps(jnp.zeros((), jnp.int32)), update)
 
 
 def clip_weights(limit: float = 1.0) -> optax.GradientTransformation:

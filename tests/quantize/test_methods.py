@@ -68,6 +68,20 @@ def test_lsq_activations():
     np.testing.assert_allclose(got, [[want]], rtol=1e-3)  # roundings that cancel
 
 
+def test_unsigned_activations_of_lsq_start_at_zero():
+    w, x = random(6, 2), np.maximum(random(9, 6, seed=1), 0)
+    t = jc.quantize.lsq(
+        {"w": jnp.asarray(w)}, {"w": STATIC(act_symmetric=False)}, stats=stats_of(x)
+    )
+    assert t["w"].act_offset is None
+    np.testing.assert_allclose(t["w"].act_scale, [[x.max() / 255]], rtol=1e-6)
+    q = jc.quantize.convert(t)["w"]
+    np.testing.assert_array_equal(q.act_offset, 128 * t["w"].act_scale)
+    seen = np.rint(x * np.float32(255 / x.max())) * (float(x.max()) / 255)
+    got = jc.accelerate(matmul)({"w": q}, x)
+    np.testing.assert_allclose(got, seen @ np.asarray(q.materialise(), np.float64), atol=1e-5)
+
+
 def test_lsq_plus_offsets_follow_what_is_clipped():
     w, x = random(6, 2), np.maximum(random(9, 6, seed=1), 0)
     stats = stats_of(x / 2)

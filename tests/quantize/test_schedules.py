@@ -1,5 +1,7 @@
 """Delayed start, frozen ranges, clipped weights."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,9 +49,9 @@ def test_frozen_ranges_stop_while_weights_move():
         twin = optax.apply_updates(twin, updates)
         scales.append(twin["w"].scale)
         weights.append(twin["w"].weight)
-    moved = [bool((a != b).all()) for a, b in zip(scales, scales[1:])]
+    moved = [bool((a != b).all()) for a, b in itertools.pairwise(scales)]
     assert moved == [True, True, False, False]
-    assert all((a != b).all() for a, b in zip(weights, weights[1:]))
+    assert all((a != b).all() for a, b in itertools.pairwise(weights))
     with pytest.raises(ValueError, match="freeze_ranges needs params"):
         tx.update(grads, state)
 
