@@ -73,7 +73,8 @@ class Observed(NamedTuple):
 
     def of(self, path: str) -> jax.Array:
         """The value; raises `ValueError` if any part of it comes from no rows at all."""
-        if not isinstance(self.count, jax.core.Tracer) and not bool(jnp.all(self.count > 0)):
+        # In NumPy: within a trace, jnp would make even known numbers abstract.
+        if not isinstance(self.count, jax.core.Tracer) and not (np.asarray(self.count) > 0).all():
             raise ValueError(
                 f"the statistic of {path!r} comes from no activations: calibration never "
                 "ran through it, or its product does not lead to the function's output"

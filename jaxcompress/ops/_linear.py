@@ -142,16 +142,20 @@ def _rows(
     x: jax.Array,
     act_scale: jax.Array | None,
     act_offset: jax.Array | None,
+    plain: Callable[[jax.Array, jax.Array | None], jax.Array] | None = None,
 ) -> jax.Array:
     """`product(codes, scales)` of quantized activations; an offset takes one more row.
 
-    Products are linear: the offset is that many times the product of a row of ones.
+    Products are linear: the offset is that many times the product of a row of ones. That
+    row is one of the same product, unless there is a `plain` one for it.
     """
     assert static.act is not None
     codes, scale, offset = encode_activations(x, static.act, act_scale, act_offset)
     if offset is None:
         return product(codes, jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
     ones = jnp.ones((*codes.shape[:-2], 1, codes.shape[-1]), codes.dtype)
+    if plain is not None:
+        return product(codes, None) * scale + plain(ones, None) * offset
     sums = product(jnp.concatenate([codes, ones], -2), None)
     return sums[..., :-1, :] * scale + sums[..., -1:, :] * offset
 
@@ -163,13 +167,19 @@ def _simulate(static, x, codes, scale, zero, act_scale, act_offset):
         return scaled_dot(x, codes, scale, zero, group, transpose_w)
     columns = jnp.swapaxes(scale, -1, -2) if transpose_w else scale
     zeros = jnp.swapaxes(zero, -1, -2) if transpose_w and zero is not None else zero
-    dot = float_dot
-    if static.act.grad_bits is not None:
-        dot = functools.partial(quantized_gradient_dot, static.act.grad_bits)
-    product = lambda x_codes, x_scale: scaled_sums(
-        dot, x_codes, codes, x_scale, columns, zeros, group, transpose_w
+
+    def product(dot, x_codes, x_scale):
+        return scaled_sums(dot, x_codes, codes, x_scale, columns, zeros, group, transpose_w)
+
+    plain = functools.partial(product, float_dot)
+    if static.act.grad_bits is None:
+        return _rows(plain, static, x, act_scale, act_offset)
+    # The gradient of the row of ones is a sum over all rows: it would set the scale of each
+    # column, and stays in floats.
+    rounded = functools.partial(
+        product, functools.partial(quantized_gradient_dot, static.act.grad_bits)
     )
-    return _rows(product, static, x, act_scale, act_offset)
+    return _rows(rounded, static, x, act_scale, act_offset, plain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

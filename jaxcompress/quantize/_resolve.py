@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress._layout import Layout
 from jaxcompress._paths import map_with_paths
@@ -103,7 +104,7 @@ def _act_range(
             f"a magnitude or a range for each layer, in {leaf.ndim} dimensions, from absmax, "
             "minmax, moving_average, percentile, mse, entropy or snr"
         )
-    if not isinstance(value, jax.core.Tracer) and not bool(jnp.isfinite(value).all()):
+    if not isinstance(seen.value, jax.core.Tracer) and not np.isfinite(seen.value).all():
         raise ValueError(f"activations that met {path!r} in calibration are not finite")
     if spec.act.qtype.symmetric:
         return scale_of(jnp.maximum(-low, high), spec.act.qtype.high), None
