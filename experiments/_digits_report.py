@@ -110,9 +110,11 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222;
+  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .92rem; }}
-th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
+th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #ddd;
+  text-align: right; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
 img {{ max-width: 100%; margin: .5rem 0 0; }}
 figure {{ margin: 2rem 0; }} figcaption {{ color: #555; }}
@@ -136,9 +138,8 @@ def page(report: dict[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
     cell = lambda tag, text: f"<{tag}>{html.escape(text)}</{tag}>"
     head, rows = table(report["variants"])
     shown = "".join(
-        '<figure><img alt="{0}" src="data:image/png;base64,{1}"><figcaption>{0}</figcaption></figure>'.format(
-            html.escape(caption), base64.b64encode(path.read_bytes()).decode()
-        )
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{_base64(path)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for path, caption in figures
     )
     environment = report["environment"]
@@ -157,6 +158,10 @@ def page(report: dict[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
             f"({environment['machine']['cores']} cores). Data: {report['data']}."
         ),
     )
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def explained(params: Any, apply: Any, x: Any) -> Sequence[Any]:

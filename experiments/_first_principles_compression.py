@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+import jaxcompress as jc
 from _data import Digits, Split
 from _digits_models import SHIFTS, shifted
 from _first_principles_model import (
@@ -21,8 +23,6 @@ from _first_principles_model import (
     loss,
     rounded,
 )
-
-import jaxcompress as jc
 
 LARGE = (784, 256, 256, 10)
 SMALL = (784, 32, 10)
@@ -208,14 +208,14 @@ def linear_pruning(rates: int) -> Lesson:
 
 
 def _largest(k: int, h: jax.Array) -> jax.Array:
-    """The `k` largest entries of each token (row), zero elsewhere."""
+    """The `k` largest entries of each example (row), zero elsewhere."""
     sparsity = 1 - k / h.shape[-1]
-    one = lambda token: jc.prune.mask(token[None], jc.prune.unstructured(), sparsity)[0]
+    one = lambda row: jc.prune.mask(row[None], jc.prune.unstructured(), sparsity)[0]
     return jnp.where(jax.vmap(one)(h), h, 0)
 
 
 def activation_pruning(data: Digits, key: jax.Array, net: Params, passes: int) -> Lesson:
-    """Each token keeps its own k largest activations, against one choice for all tokens."""
+    """Each example keeps its own k largest activations, against one choice for all."""
     x, y = data.test
     width, trained = LARGE[1], 32
     sparse = lambda k: lambda h: _largest(k, jax.nn.relu(h))
@@ -248,24 +248,24 @@ def activation_pruning(data: Digits, key: jax.Array, net: Params, passes: int) -
     counts = [width // 2**i for i in range(1, 6)]
     curves = {
         "kept": counts,
-        "own k for each token": [rounded(own(k, net, x, y)) for k in counts],
-        "same k for all tokens": [rounded(shared(k, net, data.validation.x, x, y)) for k in counts],
+        "own k for each example": [rounded(own(k, net, x, y)) for k in counts],
+        "same k for all": [rounded(shared(k, net, data.validation.x, x, y)) for k in counts],
     }
     at = counts.index(trained)
     numbers = {
         "width": width,
         "dense_test_accuracy": rounded(accuracy(logits(net, x), y)),
         "kept": trained,
-        "own_test_accuracy": curves["own k for each token"][at],
-        "same_test_accuracy": curves["same k for all tokens"][at],
+        "own_test_accuracy": curves["own k for each example"][at],
+        "same_test_accuracy": curves["same k for all"][at],
         "trained_test_accuracy": rounded(own(trained, tuned(net, data.train), x, y)),
     }
     return Lesson(
         "Activation pruning",
-        ("h_i <- h_i if h_i is among the k largest of its token, else 0",),
-        f"{trained} of {width} units of each token: {numbers['own_test_accuracy']:.1%} of "
+        ("h_i <- h_i if h_i is among the k largest of its example, else 0",),
+        f"{trained} of {width} units of each example: {numbers['own_test_accuracy']:.1%} of "
         f"{numbers['dense_test_accuracy']:.1%}, {numbers['trained_test_accuracy']:.1%} after "
-        f"training with it; the same {trained} for all tokens "
+        f"training with it; the same {trained} for all "
         f"{numbers['same_test_accuracy']:.1%}",
         numbers,
         curves,

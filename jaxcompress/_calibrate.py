@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress._accelerate import accelerate
-from jaxcompress._accelerate._probe import Probe
+from jaxcompress._accelerate._probe import probe
 from jaxcompress._layout import Layout, is_weight, layout
 from jaxcompress._max_dtype import from_max, to_max
 from jaxcompress._paths import map_with_paths
@@ -100,17 +100,14 @@ def _step(
         lead = [leaf.shape[a] if a in found.batch else 1 for a in range(-leaf.ndim, 0)]
         return jnp.zeros((*lead, *statistic.shape(k)), jnp.float32), jnp.zeros(lead, jnp.float32)
 
-    def probe(path: str, leaf: Any, tap: Any) -> Any:
-        if tap is None:
-            return leaf
-        origin = tuple((a,) for a in range(-leaf.ndim, 0))
-        return Probe(leaf, tap, origin=origin, path=path, observe=tie)
+    def tapped(path: str, leaf: Any, tap: Any) -> Any:
+        return leaf if tap is None else probe(path, leaf, (tap,), observe=tie)
 
     taps = map_with_paths(tap, params, layouts)
 
     def step(params: Any, batch: Any, total: Any) -> Any:
         def floats(taps: Any) -> list[jax.Array]:
-            out = accelerate(fn)(map_with_paths(probe, params, taps), batch)
+            out = accelerate(fn)(map_with_paths(tapped, params, taps), batch)
             return [x for x in jax.tree.leaves(out) if eqx.is_inexact_array(x)]
 
         wrap = lambda tap: (to_max(tap[0]) if statistic.maximum else tap[0], tap[1])

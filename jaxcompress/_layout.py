@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from jaxcompress._accelerate import accelerate
-from jaxcompress._accelerate._probe import Meeting, Probe, watch
+from jaxcompress._accelerate._probe import Log, Meeting, probe
 from jaxcompress._paths import map_with_paths
 from jaxcompress.arrays import is_compressed
 
@@ -49,19 +49,19 @@ def layout(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
     Layout(contract=(-2,), output=(-1,), batch=(), why='')
     """
 
-    def probe(path: str, leaf: Any) -> Any:
+    log = Log()
+
+    def watched(path: str, leaf: Any) -> Any:
         if not is_weight(leaf):
             return leaf
-        dense = leaf.materialise() if is_compressed(leaf) else leaf
-        return Probe(dense, origin=tuple((a,) for a in range(-leaf.ndim, 0)), path=path)
+        return probe(path, leaf.materialise() if is_compressed(leaf) else leaf, log=log)
 
     def call(params: Any, *args: Any) -> Any:
-        return accelerate(fn)(map_with_paths(probe, params), *args)
+        return accelerate(fn)(map_with_paths(watched, params), *args)
 
-    with watch() as meetings:
-        eqx.filter_eval_shape(call, params, *args)
+    eqx.filter_eval_shape(call, params, *args)
     by_path: dict[str, list[Meeting]] = {}
-    for meeting in meetings:
+    for meeting in log.meetings:
         by_path.setdefault(meeting.path, []).append(meeting)
 
     def read(path: str, leaf: Any) -> Layout | None:

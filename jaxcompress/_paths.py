@@ -8,14 +8,26 @@ from jax.tree_util import GetAttrKey, KeyPath
 
 from jaxcompress.arrays import is_compressed
 
-__all__ = ["leaves_with_paths", "map_with_paths", "path_string", "rebuild", "subtrees"]
+__all__ = [
+    "leaves_with_paths",
+    "map_with_paths",
+    "path_string",
+    "rebuild",
+    "subtrees",
+    "without_value",
+]
 
 
 def path_string(path: KeyPath) -> str:
     """`params/Dense_0/kernel`; the `.value` of an NNX variable is left out."""
+    return jax.tree_util.keystr(without_value(path), simple=True, separator="/")
+
+
+def without_value(path: KeyPath) -> KeyPath:
+    """The path of an NNX variable rather than of its `.value`; any other as it is."""
     if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+        return path[:-1]
+    return path
 
 
 def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:

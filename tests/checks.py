@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 
 import jaxcompress as jc
+import oracles
 from jaxcompress.arrays import IntType, QuantizedArray
 
 EPS = 2.0**-24  # half the spacing of float32: the largest relative error of one rounding
@@ -103,6 +103,27 @@ def assert_compressed(rows, *ops):
     """Nothing was decoded, and these are the ops that took the weights, in any order."""
     assert not rows.materialised, f"\n{rows.materialised}"
     assert sorted(row.op for row in rows) == sorted(ops), f"\n{rows}"
+
+
+def decoded(params):
+    """`params` in numpy float64, every quantized array by what it stands for."""
+    return jax.tree.map(
+        lambda leaf: (
+            oracles.dense(leaf)
+            if isinstance(leaf, QuantizedArray)
+            else np.asarray(leaf, np.float64)
+        ),
+        params,
+        is_leaf=jc.arrays.is_compressed,
+    )
+
+
+def assert_model(got, want, steps=32):
+    """`got` is a few float32 layers: `steps` roundings of the largest number of `want`."""
+    got = np.asarray(got, np.float64)
+    assert got.shape == np.shape(want)
+    worst = np.max(np.abs(got - want)) / np.max(np.abs(want))
+    assert worst <= steps * EPS, f"the relative error is {worst:.3g}"
 
 
 def assert_valid(q):

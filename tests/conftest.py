@@ -14,8 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # that they share (oracles, checks) lie next to this file.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
+import hypothesis
+import jax
 
 # The library is for float32 and below; float64 belongs to the oracles, in numpy.
 jax.config.update("jax_enable_x64", False)

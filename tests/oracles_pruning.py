@@ -71,7 +71,7 @@ def bitmap_dense(array):
             if (int(bitmap[index][i // 8]) >> (i % 8)) & 1:
                 out[(*index, i)] = values[index][following]
                 following += 1
-    return out.reshape(*lead, *array.core)
+    return out.reshape((*lead, *array.core))
 
 
 def log_softmax(x, axis=-1, where=None):

@@ -4,13 +4,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from checks import random, through
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
+import oracles
+from checks import random, through
 
 RANGES = {
     "absmax": jc.statistics.absmax(),

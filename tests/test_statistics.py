@@ -5,9 +5,9 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import through
 
 import jaxcompress as jc
+from checks import through
 from jaxcompress import _histogram as hist
 
 STATISTICS = {

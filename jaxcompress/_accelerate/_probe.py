@@ -5,11 +5,9 @@ statistic of the activations that met the weight. Both trace the user's function
 `accelerate` does, so what they see is what a compressed weight will see.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -20,9 +18,10 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from jaxcompress._quax import ragged_dot_general_p, stop_gradient_p
+from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import blocks_of
 
-__all__ = ["Meeting", "Probe", "watch"]
+__all__ = ["Log", "Meeting", "Probe", "concatenate", "probe"]
 
 Axes = tuple[int, ...]
 
@@ -39,34 +38,34 @@ class Meeting:
     lookup: bool = False
 
 
-_log: contextvars.ContextVar[list[Meeting] | None] = contextvars.ContextVar("log", default=None)
+@dataclasses.dataclass(eq=False)
+class Log:
+    """The meetings of the probes that have this log.
 
+    One is like no other, so that JAX, which remembers traced functions by the static
+    fields of their arguments, traces them again for new probes and no meeting is missed.
+    """
 
-@contextlib.contextmanager
-def watch() -> Iterator[list[Meeting]]:
-    """The meetings of all probes that are traced within the block."""
-    meetings: list[Meeting] = []
-    token = _log.set(meetings)
-    try:
-        yield meetings
-    finally:
-        _log.reset(token)
+    meetings: list[Meeting] = dataclasses.field(default_factory=list)
 
 
 class Probe(quax.ArrayValue):
-    """A weight, its tap (or None), and where its axes came from.
+    """A weight, its taps (there may be none), and where its axes came from.
 
     `origin` says, from the last dimension backwards, of which original axes (negative)
-    each is made. The tap has the rank of the weight, size 1 or that of a leading axis,
-    and the axes of the statistic after it. `observe(rows, tap)`, with the activations as
-    `[..., m, k]`, is a zero that carries the statistic backwards.
+    each is made, and `sizes` what size those have. There are several `paths` and taps
+    once weights are concatenated. A tap has the rank of the weight, size 1 or that of a
+    leading axis, and the axes of the statistic after it. `observe(rows, tap)`, with the
+    activations as `[..., m, k]`, is a zero that carries the statistic backwards.
     """
 
     weight: Any
-    tap: Any = None
+    taps: tuple[Any, ...] = ()
     origin: tuple[Axes, ...] = eqx.field(static=True, kw_only=True)
-    path: str = eqx.field(static=True, kw_only=True)
+    sizes: Axes = eqx.field(static=True, kw_only=True)
+    paths: tuple[str, ...] = eqx.field(static=True, kw_only=True)
     observe: Callable[..., Any] | None = eqx.field(static=True, kw_only=True, default=None)
+    log: Log | None = eqx.field(static=True, kw_only=True, default=None)
 
     def aval(self) -> jax.core.ShapedArray:
         return jax.core.ShapedArray(self.weight.shape, self.weight.dtype)
@@ -78,26 +77,38 @@ class Probe(quax.ArrayValue):
         """The original axes that these dimensions are made of."""
         return tuple(sorted({a for d in dimensions for a in self.origin[d - self.ndim]}))
 
+    def meets(self, primitive: Primitive, **axes: Any) -> None:
+        """Tells the log, if there is one."""
+        if self.log is not None:
+            self.log.meetings += [Meeting(path, primitive.name, **axes) for path in self.paths]
+
+    def decoded_for(self, primitive: Primitive) -> Any:
+        """The weight, for a primitive that no axis can be followed through."""
+        self.meets(primitive)
+        return self.weight
+
     @staticmethod
     def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
-        dense = []
-        for v in values:
-            if isinstance(v, Probe):
-                _note(Meeting(v.path, primitive.name))
-            dense.append(v.materialise() if isinstance(v, quax.Value) else v)
+        dense = [
+            v.decoded_for(primitive)
+            if isinstance(v, Probe)
+            else v.materialise()
+            if isinstance(v, quax.Value)
+            else v
+            for v in values
+        ]
         return primitive.bind(*dense, **params)
 
 
-def _note(meeting: Meeting) -> None:
-    log = _log.get()
-    if log is not None:
-        log.append(meeting)
+def probe(path: str, weight: Any, taps: tuple[Any, ...] = (), **how: Any) -> Probe:
+    """A probe of a whole parameter."""
+    origin = tuple((a,) for a in range(-weight.ndim, 0))
+    return Probe(weight, taps, origin=origin, sizes=tuple(weight.shape), paths=(path,), **how)
 
 
 def _moved(p: Probe, weight: Any, origin: Sequence[Axes], move: Callable[[Any], Any]) -> Probe:
-    """`p` with its axes moved; `move` does to the tap what was done to the weight."""
-    tap = None if p.tap is None else jax.tree.map(move, p.tap)
-    return Probe(weight, tap, origin=tuple(origin), path=p.path, observe=p.observe)
+    """`p` with its axes moved; `move` does to the taps what was done to the weight."""
+    return replace(p, weight=weight, taps=jax.tree.map(move, p.taps), origin=tuple(origin))
 
 
 def _view(primitive: Primitive, move: Callable[..., Probe | None]) -> None:
@@ -143,7 +154,7 @@ def _reshape(p: Probe, *, new_sizes: Sequence[int], dimensions: Any, **_: Any) -
             origin[d] = merged
         if old == new:
             moved.append((dims[0], to[0]))
-        elif any(tap.shape[d] != 1 for tap in jax.tree.leaves(p.tap) for d in dims):
+        elif any(tap.shape[d] != 1 for tap in jax.tree.leaves(p.taps) for d in dims):
             return None
 
     def reshape_tap(tap: Any) -> Any:
@@ -168,7 +179,7 @@ def _broadcast(p: Probe, *, shape: Any, broadcast_dimensions: Any, **_: Any) -> 
 
 
 def _cut(p: Probe, cut: Callable[[Any, int], Any]) -> Probe:
-    """Cuts the weight along every dimension, and the tap where it has its size."""
+    """Cuts the weight along every dimension, and the taps where they have its size."""
 
     def all_dimensions(leaf: Any) -> Any:
         for d in range(p.ndim):
@@ -179,12 +190,19 @@ def _cut(p: Probe, cut: Callable[[Any, int], Any]) -> Probe:
     return _moved(p, all_dimensions(p.weight), p.origin, all_dimensions)
 
 
-def _slice(p: Probe, *, start_indices: Any, limit_indices: Any, strides: Any) -> Probe:
-    steps = strides or (1,) * p.ndim
-    return _cut(
-        p,
-        lambda leaf, d: lax.slice_in_dim(leaf, start_indices[d], limit_indices[d], steps[d], d),
-    )
+def _slice(p: Probe, *, start_indices: Any, limit_indices: Any, strides: Any) -> Probe | None:
+    if strides is not None and p.taps:
+        return None
+
+    def cut(leaf: Any, d: int) -> Any:
+        if strides is not None:
+            return lax.slice_in_dim(leaf, start_indices[d], limit_indices[d], strides[d], d)
+        # The gradient of a static slice is padded, which no array of maxima can be.
+        return lax.dynamic_slice_in_dim(
+            leaf, start_indices[d], limit_indices[d] - start_indices[d], d
+        )
+
+    return _cut(p, cut)
 
 
 def _dynamic_slice(p: Probe, *start: Any, slice_sizes: Any) -> Probe:
@@ -196,14 +214,39 @@ def _dynamic_slice(p: Probe, *start: Any, slice_sizes: Any) -> Probe:
     return _cut(p, cut)
 
 
-def _gather(p: Probe, indices: Any, *, slice_sizes: Any, **params: Any) -> Probe | None:
-    """A table that is looked up: its rows count as contracted, so each has a scale."""
+def _gather(
+    p: Probe, indices: Any, *, slice_sizes: Any, dimension_numbers: Any, **params: Any
+) -> Any:
+    """A table that is looked up: its rows count as contracted, so each has a scale.
+
+    Matrices that are looked up, of one expert of several say, go on to their product; a
+    tap does not go with them, since what it gets back would be summed over the lookups.
+    """
     whole = [d for d in range(p.ndim) if slice_sizes[d] == p.shape[d]]
     rows = [d for d in range(p.ndim) if d not in whole]
-    _note(
-        Meeting(p.path, "gather", contract=p.origin_of(whole), batch=p.origin_of(rows), lookup=True)
-    )
-    return lax.gather_p.bind(p.weight, indices, slice_sizes=slice_sizes, **params)
+    params |= dict(slice_sizes=slice_sizes, dimension_numbers=dimension_numbers)
+    found = lax.gather_p.bind(p.weight, indices, **params)
+    collapsed, kept = dimension_numbers.collapsed_slice_dims, dimension_numbers.offset_dims
+    batched = dimension_numbers.operand_batching_dims
+    if len(whole) < 2 or batched or sorted(collapsed) != rows:
+        p.meets(lax.gather_p, contract=p.origin_of(whole), batch=p.origin_of(rows), lookup=True)
+        return found
+    origin: list[Axes] = [p.origin_of(rows)] * found.ndim
+    for d, source in zip(kept, whole):
+        origin[d] = p.origin_of([source])
+    return replace(p, weight=found, taps=(), origin=tuple(origin))
+
+
+def concatenate(arrays: Sequence[Any], dimension: int) -> Any:
+    """Probes, and dense arrays between them, as one probe if their axes are the same."""
+    first, *others = probes = [a for a in arrays if isinstance(a, Probe)]
+    taps = tuple(tap for p in probes for tap in p.taps)
+    alike = all((p.origin, p.sizes) == (first.origin, first.sizes) for p in others)
+    if not alike or any(leaf.shape[dimension] != 1 for leaf in jax.tree.leaves(taps)):
+        return Probe.default(lax.concatenate_p, arrays, dict(dimension=dimension))
+    dense = [a.materialise() if isinstance(a, quax.Value) else a for a in arrays]
+    paths = tuple(path for p in probes for path in p.paths)
+    return replace(first, weight=lax.concatenate(dense, dimension), taps=taps, paths=paths)
 
 
 _elementwise(lax.convert_element_type_p)
@@ -221,15 +264,8 @@ _view(lax.gather_p, _gather)
 
 def _meet(p: Probe, primitive: Primitive, contract: Sequence[int], batch: Sequence[int]) -> None:
     output = [d for d in range(p.ndim) if d not in contract and d not in batch]
-    _note(
-        Meeting(
-            p.path,
-            primitive.name,
-            p.origin_of(contract),
-            p.origin_of(output),
-            p.origin_of(batch),
-        )
-    )
+    axes = dict(contract=contract, output=output, batch=batch)
+    p.meets(primitive, **{name: p.origin_of(dims) for name, dims in axes.items()})
 
 
 def _dot_general(lhs: Any, rhs: Any, which: int, params: dict[str, Any]) -> Any:
@@ -239,12 +275,19 @@ def _dot_general(lhs: Any, rhs: Any, which: int, params: dict[str, Any]) -> Any:
         x = x.materialise()
     contract, batch = params["dimension_numbers"]
     _meet(p, lax.dot_general_p, contract[which], batch[which])
-    if p.observe is not None:
+    if p.observe is not None and _is_whole(p, contract[which]):
         # The contracted axes in the weight's original order, whatever this product's is.
         pairs = sorted(zip(contract[which], contract[1 - which]), key=lambda c: p.origin_of(c[:1]))
         x = _observed(p, x, [c[1] for c in pairs], batch[1 - which], batch[which])
     operands[which], operands[1 - which] = p.weight, x
     return lax.dot_general_p.bind(*operands, **params)
+
+
+def _is_whole(p: Probe, contract: Sequence[int]) -> bool:
+    """Whether a product contracts the axes as the parameter has them, no part, no more."""
+    return math.prod(p.shape[d] for d in contract) == math.prod(
+        p.sizes[a] for a in p.origin_of(contract)
+    )
 
 
 def _observed(
@@ -255,12 +298,12 @@ def _observed(
     k = math.prod(x.shape[d] for d in contract)
     rows = lax.transpose(x, [*batch, *free, *contract])
     rows = rows.reshape(*(x.shape[d] for d in batch), -1, k)
+    return _tied(p, x, rows, w_batch)
+
+
+def _tied(p: Probe, x: Any, rows: Any, batch: Sequence[int]) -> Any:
+    """`x` and the statistic of `rows`, for every tap: its batch axes, then its own."""
     assert p.observe is not None
-    return x + p.observe(rows, _tap_of(p, w_batch)).astype(x.dtype)
-
-
-def _tap_of(p: Probe, batch: Sequence[int]) -> Any:
-    """The tap as the statistic has it: the batch axes, then its own."""
     others = [d for d in range(p.ndim) if d not in batch]
 
     def turn(tap: Any) -> Any:
@@ -268,7 +311,9 @@ def _tap_of(p: Probe, batch: Sequence[int]) -> Any:
         turned = lax.transpose(tap, [*batch, *others, *own])
         return turned.reshape(*turned.shape[: len(batch)], *(tap.shape[d] for d in own))
 
-    return jax.tree.map(turn, p.tap)
+    for tap in p.taps:
+        x = x + p.observe(rows, jax.tree.map(turn, tap)).astype(x.dtype)
+    return x
 
 
 @quax.register(lax.dot_general_p)
@@ -294,9 +339,9 @@ def _(x: Any, p: Probe, **params: Any) -> Any:
     contract = [d for d in range(p.ndim) if d != numbers.rhs_spec[0]]
     x = x.materialise() if isinstance(x, quax.Value) else x
     _meet(p, lax.conv_general_dilated_p, contract, ())
-    if p.observe is not None and params["feature_group_count"] == params["batch_group_count"] == 1:
-        rows = _patches(x, p, contract, params)
-        x = x + p.observe(rows, _tap_of(p, ())).astype(x.dtype)
+    ungrouped = params["feature_group_count"] == params["batch_group_count"] == 1
+    if p.observe is not None and ungrouped and _is_whole(p, contract):
+        x = _tied(p, x, _patches(x, p, contract, params), ())
     return lax.conv_general_dilated_p.bind(x, p.weight, **params)
 
 

@@ -36,12 +36,17 @@ def dot_general(
         return "an empty product"
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"the other operand is {x.dtype}"
-    folded = _fold_contracted_scale(x, w.widened(), x_contract, w_contract, x_batch, w_batch)
+    stored, w = w, w.widened()
+    if w.packed is not None and w.packed_axis % w.ndim not in w_contract:
+        w = w.unpacked()  # the ops read bit planes along the contracted axis only
+    w = _ungroup(w, [d for d in range(w.ndim) if d not in w_contract])
+    folded = _fold_contracted_scale(x, w, x_contract, w_contract, x_batch, w_batch)
     if isinstance(folded, str):
         return folded
-    stored, (x, w) = w, folded
+    x, w = folded
     # Groups and bit planes run along the last contracted axis, so it goes last.
-    order = sorted(range(len(w_contract)), key=lambda i: w_contract[i] == _run_dimension(w))
+    run = _run_dimension(w, w_contract)
+    order = sorted(range(len(w_contract)), key=lambda i: w_contract[i] == run)
     w_contract, x_contract = ([c[i] for i in order] for c in (w_contract, x_contract))
     w_free = [d for d in range(w.ndim) if d not in w_contract and d not in w_batch]
     x_free = [d for d in range(x.ndim) if d not in x_contract and d not in x_batch]
@@ -147,10 +152,29 @@ def _note_product(
         w.note(primitive, op, implementation.name, why)
 
 
-def _run_dimension(w: QuantizedArray) -> int | None:
-    """The dimension that groups or bit planes run along."""
-    runs = w.packed is not None or any(g > 1 for g in groups(w).values())
-    return w.axis[-1] % w.ndim if runs else None
+def _ungroup(w: QuantizedArray, dimensions: list[int]) -> QuantizedArray:
+    """Groups along dimensions that are not contracted, as a scale for each index."""
+    cut = [d for d, g in groups(w).items() if g > 1 and w.scale.shape[d] > 1 and d in dimensions]
+    if not cut or w.group_size is None:
+        return w
+
+    def spread(part: jax.Array) -> jax.Array:
+        for d in cut:
+            part = jnp.repeat(part, groups(w)[d], axis=d)
+            part = lax.slice_in_dim(part, 0, w.shape[d], axis=d)
+        return part
+
+    sizes = tuple(1 if a % w.ndim in cut else g for a, g in zip(w.axis, w.group_size))
+    zero = None if w.zero_point is None else spread(w.zero_point)
+    return replace(w, scale=spread(w.scale), zero_point=zero, group_size=sizes)
+
+
+def _run_dimension(w: QuantizedArray, contract: list[int]) -> int | None:
+    """The contracted dimension that groups or bit planes run along."""
+    grouped = [d for d, g in groups(w).items() if g > 1 and d in contract]
+    if grouped:
+        return grouped[-1]
+    return None if w.packed is None else w.packed_axis % w.ndim
 
 
 def _fold_contracted_scale(x, w, x_contract, w_contract, x_batch, w_batch):
@@ -158,11 +182,11 @@ def _fold_contracted_scale(x, w, x_contract, w_contract, x_batch, w_batch):
 
     Multiplied into the weight it would make it a float array, and again in the gradient.
     """
-    kinds = groups(w)
-    if all(w.scale.shape[d] == 1 or kinds.get(d, 1) > 1 for d in w_contract):
-        return x, w
+    grouped = any(groups(w).get(d, 1) > 1 for d in w_contract)
+    if grouped or all(w.scale.shape[d] == 1 for d in w_contract):
+        return x, w  # neighbouring groups merge with the axes
     free = [d for d in range(w.ndim) if d not in w_contract and d not in w_batch]
-    if any(w.scale.shape[d] > 1 for d in free) or any(kinds.get(d, 1) > 1 for d in w_contract):
+    if any(w.scale.shape[d] > 1 for d in free):
         return "its scales vary along contracted and other axes"
     if w.zero_point is not None:
         return "its zero points vary along a contracted axis"

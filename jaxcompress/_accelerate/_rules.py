@@ -13,7 +13,7 @@ import quax
 from jax import lax
 from jax.extend.core import Primitive
 
-from jaxcompress._accelerate import _products
+from jaxcompress._accelerate import _probe, _products
 from jaxcompress._accelerate._gather import gather
 from jaxcompress._quax import ragged_dot_general_p, stop_gradient_p
 from jaxcompress.arrays import CompressedArray, QuantizedArray, _views
@@ -112,6 +112,8 @@ def _barrier(*args: Any) -> Any:
 
 @quax.register(lax.concatenate_p)
 def _concatenate(*arrays: Any, dimension: int) -> Any:
+    if any(isinstance(a, _probe.Probe) for a in arrays):
+        return _probe.concatenate(arrays, dimension)
     small = [a.lowered() if isinstance(a, CompressedArray) else a for a in arrays]
     quantized = [a for a in small if isinstance(a, QuantizedArray)]
     if len(quantized) == len(small):

@@ -14,7 +14,7 @@ from jax.tree_util import DictKey, SequenceKey
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxcompress._paths import leaves_with_paths, path_string
+from jaxcompress._paths import leaves_with_paths, path_string, without_value
 from jaxcompress._paths import rebuild as rebuild_tree
 from jaxcompress.arrays import is_compressed
 from jaxcompress.io._metadata import array_fields, describe, rebuild
@@ -79,8 +79,9 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
             parts = {f"{name}/{field}": value for field, value in array_fields(leaf).items()}
         else:
             entry, parts = {}, {name: leaf}
-        if not all(_plain(k) for k in key_path):
-            entry["keys"] = [_plain_key(k) for k in key_path]
+        named = without_value(key_path)
+        if not all(_plain(k) for k in named):
+            entry["keys"] = [_plain_key(k) for k in named]
         record["leaves"][name] = entry
         for tensor, value in parts.items():
             if tensor in tensors:

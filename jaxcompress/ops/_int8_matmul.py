@@ -70,12 +70,10 @@ def int8_matmul(
         if operand.dtype != jnp.int8:
             raise TypeError(f"int8_matmul takes int8; {name} is {operand.dtype}")
     lead, m, k, n = matmul_shape(x.shape, w.shape, transpose_w)
-    groups = check_scales(
-        {"w_scale": w_scale, "w_zero_point": w_zero_point}, w.shape[:-2], k, n, group_size
-    )
+    check_scales({"w_scale": w_scale, "w_zero_point": w_zero_point}, w.shape[:-2], k, n, group_size)
     if group_size is not None and w_scale is None:
         raise ValueError("group_size needs a w_scale of shape [..., g, n]")
-    longest, limit = k if groups == 1 else group_size, MAX_K
+    longest, limit = min(k, group_size or k), MAX_K
     if w_zero_point is not None:
         limit = MAX_K_ZERO_POINT
         if w_zero_point.dtype != jnp.int8:

@@ -52,7 +52,18 @@ def u8s8_dot_general(x: jax.Array, w: jax.Array, dimension_numbers: Any) -> jax.
     """`jax.lax.dot_general` of a uint8 and an int8 array, accumulated in int32."""
     contract, batch = dimension_numbers
     freeze = lambda pair: tuple(tuple(map(int, axes)) for axes in pair)
+    x, w = _vary_alike(x, w)
     return _dot_p.bind(x, w, dimension_numbers=(freeze(contract), freeze(batch)))
+
+
+def _vary_alike(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Within `shard_map`, both as varying as either; `jax.lax` does this around its primitives."""
+    x_axes, w_axes = (jax.typeof(a).mat.varying for a in (x, w))
+    if w_axes - x_axes:
+        x = lax.pcast(x, tuple(w_axes - x_axes), to="varying")
+    if x_axes - w_axes:
+        w = lax.pcast(w, tuple(x_axes - w_axes), to="varying")
+    return x, w
 
 
 @functools.cache

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from checks import assert_valid, quantized, random
 
 import jaxcompress as jc
+import oracles
+from checks import assert_valid, quantized, random
 from jaxcompress.arrays import IntType
 from jaxcompress.quantize import Spec
 
@@ -85,4 +85,6 @@ def test_outside_accelerate_it_raises():
 
 def test_the_printed_form_says_what_it_is():
     fake = twin(np.ones((8, 4)), Spec(qtype=IntType(4), group_size=4))
-    assert repr(fake) == "FakeQuantArray(int4[8,4] as float32, axis=(-2,), group_size=(4,), path='w')"
+    assert repr(fake) == (
+        "FakeQuantArray(int4[8,4] as float32, axis=(-2,), group_size=(4,), path='w')"
+    )

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checks import assert_valid, quantized, random
 from scipy import stats
 
 import jaxcompress as jc
+from checks import assert_valid, quantized, random
 from jaxcompress.arrays import CodebookType, FloatType, IntType, OddType, TernaryType
 
 SPECS = {

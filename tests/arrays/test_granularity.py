@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import oracles
 from jaxcompress.arrays import _granularity as granularity
 
 reduce_groups = jax.jit(granularity.reduce_groups, static_argnums=(1, 2, 3, 4))

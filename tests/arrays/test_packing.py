@@ -4,11 +4,11 @@ import functools
 
 import jax
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import oracles
 from jaxcompress.arrays import _packing
 
 pack = jax.jit(_packing.pack, static_argnums=(1, 2))

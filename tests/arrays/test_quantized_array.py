@@ -5,13 +5,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from checks import assert_valid, quantized, random
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcompress as jc
+import oracles
+from checks import assert_valid, quantized, random
 from jaxcompress.arrays import Activation, IntType, is_compressed
 from jaxcompress.quantize import Spec
 

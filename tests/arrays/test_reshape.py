@@ -4,12 +4,12 @@ import math
 
 import jax
 import numpy as np
-import oracles
 import pytest
-from checks import assert_valid, made
 from hypothesis import given
 from hypothesis import strategies as st
 
+import oracles
+from checks import assert_valid, made
 from jaxcompress.arrays import _reshape
 from jaxcompress.arrays._reshape import blocks_of
 

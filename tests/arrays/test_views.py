@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from checks import assert_valid, made, quantized, random
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
 import jaxcompress as jc
+import oracles
+from checks import assert_valid, made, quantized, random
 from jaxcompress.arrays import _views
 
 # Shape, shared axes, group sizes: per channel, per tensor, groups, blocks, odd sizes.

@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import _digits_report as report
 import _harness as harness
 import update_readme
-
 from jaxcompress.arrays._uses import Use
 
 ROWS = [
@@ -56,7 +55,8 @@ def test_paired_interval_is_that_of_the_difference():
 def test_readme_has_the_table_of_its_json():
     record = json.loads((ROOT / "experiments/results/compress_digits.json").read_text())
     readme = (ROOT / "README.md").read_text()
-    assert update_readme.replaced(readme, record) == readme
+    block = update_readme.digits_block(record)
+    assert update_readme.replaced(readme, "compress_digits", block) == readme
 
 
 def test_goal_of_the_main_job():
@@ -72,9 +72,14 @@ def test_goal_of_the_main_job():
 
 def test_staged_output_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "report"
-    with pytest.raises(RuntimeError), harness.staged(out) as folder:
-        (folder / "half").write_text("half")
-        raise RuntimeError
+
+    def fail_half_way():
+        with harness.staged(out) as folder:
+            (folder / "half").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert list(tmp_path.iterdir()) == []
     for text in ("first", "second"):
         with harness.staged(out) as folder:
@@ -89,6 +94,98 @@ def test_staged_output_leaves_foreign_folders_alone(tmp_path, capsys):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_reports_inside_a_report_stay(tmp_path):
+    """The tour's report lies in report/, which the main job replaces, in either order."""
+    outer, inner = tmp_path / "report", tmp_path / "report" / "tour"
+    for _ in range(2):
+        with harness.staged(inner) as folder:
+            (folder / "picture").write_text("tour")
+        with harness.staged(outer) as folder:
+            (folder / "table").write_text("job")
+        assert (inner / "picture").read_text() == "tour"
+        assert (outer / "table").read_text() == "job"
+        (outer / "left from before").touch()
+    with harness.staged(outer):
+        pass
+    assert {path.name for path in outer.iterdir()} == {harness.OURS, "tour"}
+    assert list(tmp_path.iterdir()) == [outer]
+
+
+def test_a_failed_run_leaves_the_old_report(tmp_path):
+    out = tmp_path / "report"
+    with harness.staged(out) as folder:
+        (folder / "all").write_text("old")
+
+    def interrupted():
+        with harness.staged(out) as folder:
+            (folder / "all").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (out / "all").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("file", "is no report of an experiment"),
+        ("file/report", "cannot write to"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys, out, said):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as exit, harness.staged(tmp_path / out):
+        pytest.fail("it ran before it knew where to write")
+    assert exit.value.code != 0
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_write_json_replaces_whole_files(tmp_path):
+    path = tmp_path / "record.json"
+    harness.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        harness.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        harness.write_json(tmp_path / "folder", {"a": 2})
+    assert {found.name for found in tmp_path.iterdir()} == {"record.json", "folder"}
+
+
+def test_environment_says_how_to_repeat_a_run(monkeypatch):
+    script = str(ROOT / "experiments" / "compress_digits.py")
+    monkeypatch.setattr(sys, "argv", [script, "--seeds", "2"])
+    found = harness.environment(range(2))
+    assert found["command"] == "python experiments/compress_digits.py --seeds 2"
+    assert found["seeds"] == [0, 1]
+    assert {"jax", "optax", "quax", "numpy", "python"} <= set(found["versions"])
+    assert found["machine"]["processor"]
+    assert found["machine"]["cores"] >= 1
+
+
+def test_interleaved_runs_each_in_turn():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = harness.interleaved(runs, repeats=6)
+    assert calls == ["a", "b"] * 7  # one more, to compile
+    assert {name: len(t) for name, t in times.items()} == {"a": 6, "b": 6}
+    calls.clear()
+    assert len(harness.interleaved(runs, repeats=50, budget=0)["a"]) == 5
+
+
+def test_markers_hold_one_block_each():
+    page = "a\n<!-- x: from -->\nold\n<!-- /x -->\nb\n<!-- y: from -->\nother\n<!-- /y -->\n"
+    assert update_readme.replaced(page, "x", "new\n") == page.replace("old", "new")
+    assert update_readme.replaced(page, "y", "new\n") == page.replace("other", "new")
 
 
 @pytest.mark.parametrize(
@@ -109,8 +206,28 @@ def test_wrong_use_is_one_line(arguments, said):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("script", ["compress_digits.py", "first_principles.py"])
+def test_without_packages(script, tmp_path):
+    """-S hides what is installed: help still comes, a run says what to install."""
+    command = [sys.executable, "-S", str(ROOT / "experiments" / script)]
+    run = lambda *options: subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False
+    )
+    asked = run("--help")
+    assert asked.returncode == 0
+    assert all(option in asked.stdout for option in ("--out", "--quick"))
+    done = run("--quick", "--out", str(tmp_path / "report"))
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: this experiment needs jax, optax, flax, matplotlib")
+    assert "pip install" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_package_is_one_line():
-    code = "import sys; sys.path.insert(0, 'experiments'); from _harness import need; need('absent')"
+    code = (
+        "import sys; sys.path.insert(0, 'experiments'); from _harness import need; need('absent')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )

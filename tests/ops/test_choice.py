@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quantized, random
 
 import jaxcompress as jc
+from checks import quantized, random
 from jaxcompress.ops import _choice, _int8_matmul, _quantized_matmul
 from jaxcompress.ops._choice import Implementation, Problem, choose, dispatch
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quantized, random
 
 import jaxcompress as jc
+from checks import quantized, random
 from jaxcompress.arrays import OddType
 from jaxcompress.quantize import Spec
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import random
 
 import jaxcompress as jc
+from checks import random
 from jaxcompress.ops._gradients import stochastic_round
 
 

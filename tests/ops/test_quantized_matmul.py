@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcompress as jc
+import oracles
 
 EPS = 2.0**-24
 DTYPES = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # one rounding
@@ -77,10 +77,12 @@ def assert_product(got, x, decoded, dtype, grouped):
     transpose_w=st.booleans(),
     packed=st.booleans(),
     dtype=st.sampled_from(list(DTYPES)),
+    implementation=st.sampled_from(["xla", "reference"]),
     seed=st.integers(0, 99),
 )
-def test_the_formula(**kwargs):
+def test_the_formula(implementation, **kwargs):
     arrays, options, x, decoded = problem(**kwargs)
+    options |= dict(implementation=implementation)
     got = jax.jit(lambda *a: jc.ops.quantized_matmul(*a, **options))(*arrays)
     assert_product(got, x, decoded, kwargs["dtype"], kwargs["group_size"] is not None)
 
@@ -92,6 +94,37 @@ def test_every_width(bits):
         arrays, options, x, decoded = problem(bits=bits, **options)
         got = jc.ops.quantized_matmul(*arrays, **options)
         assert_product(got, x, decoded, "float32", options["group_size"] is not None)
+
+
+@pytest.mark.parametrize("k", [1, 100, 4096])
+def test_digits_are_exact_to_2_to_the_minus_28_of_the_largest(k):
+    """What the digits leave out of x times w is below half a unit of the last of them.
+
+    The scale of a row is at most twice its largest over 127, and the last digit counts
+    2^-21 of it: half of that is 2^-27.9 of the largest.
+    """
+    x = np.random.default_rng(k).normal(size=(1, k)).astype(np.float32)
+    x *= np.float32(2.0) ** np.random.default_rng(k).integers(-40, 40, (1, k))  # any magnitudes
+    w, scale = np.eye(k, dtype=np.int8), np.ones((1, k), np.float32)
+    got = jc.ops.quantized_matmul(x, w, scale, implementation="xla")
+    error = np.abs(np.asarray(got, np.float64) - x)
+    assert np.all(error <= 2.0**-27.9 * np.abs(x).max() + EPS * np.abs(x))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_nan_and_no_other(bad):
+    x = np.ones((3, 70), np.float32)
+    x[1, 5] = bad
+    got = jc.ops.quantized_matmul(x, W + 1, SCALE, implementation="xla")
+    assert np.isnan(got[1]).all()
+    np.testing.assert_array_equal(got[::2], np.full((2, 4), 70.0))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-45, 3e38])
+def test_rows_at_the_ends_of_float32(size):
+    """A row below 1e-30 counts as zero, and the largest numbers do not overflow."""
+    got = jc.ops.quantized_matmul(X + np.float32(size), W + 1, SCALE / 70, implementation="xla")
+    np.testing.assert_allclose(got, np.full((3, 4), size), rtol=2.0**-22, atol=1e-30)
 
 
 def test_sums_are_float32_whatever_goes_in():
@@ -126,7 +159,12 @@ SCALE = np.ones((1, 4), np.float32)
     ("error", "message", "args", "options"),
     [
         (TypeError, "takes floating activations; x is int8", (np.int8(X), W, SCALE), {}),
-        (TypeError, "w must be int8, or packed uint8 of 2 to 7 bits; it is float32", (X, X, SCALE), {}),
+        (
+            TypeError,
+            "w must be int8, or packed uint8 of 2 to 7 bits; it is float32",
+            (X, X, SCALE),
+            {},
+        ),
         (TypeError, "it is uint8", (X, np.uint8(W), SCALE), dict(bits=8)),
         (
             ValueError,
@@ -136,10 +174,26 @@ SCALE = np.ones((1, 4), np.float32)
         ),
         (ValueError, r"expected x\[..., m, k\] and w\[..., k, n\]", (X[:, 1:], W, SCALE), {}),
         (ValueError, r"expected scale of the shape \(1, 4\)", (X, W, SCALE[0]), {}),
-        (ValueError, r"expected scale of the shape \(3, 4\)", (X, W, SCALE[[0, 0]]), dict(group_size=32)),
+        (
+            ValueError,
+            r"expected scale of the shape \(3, 4\)",
+            (X, W, SCALE[[0, 0]]),
+            dict(group_size=32),
+        ),
         (ValueError, "group_size must be positive", (X, W, SCALE), dict(group_size=-1)),
         (ValueError, r"expected zero_point of", (X, W, SCALE, np.int8(W)), {}),
-        (ValueError, "there are 'reference'", (X, W, SCALE), dict(implementation="xla")),
+        (
+            ValueError,
+            "there are 'xla', 'reference'",
+            (X, W, SCALE),
+            dict(implementation="fast"),
+        ),
+        (
+            ValueError,
+            "'xla' cannot run: it sums at most 65793 products exactly, not 65794",
+            (np.zeros((1, 65794), np.float32), np.zeros((65794, 1), np.int8), SCALE[:, :1]),
+            dict(implementation="xla"),
+        ),
     ],
 )
 def test_what_it_cannot_do_is_said(error, message, args, options):

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from checks import EPS
 
 import jaxcompress as jc
+import oracles
+from checks import EPS
 
 M, K, N = 4, 12, 3
 
@@ -102,12 +102,19 @@ def test_integers_have_no_gradient():
     x, codes, scale, zeros, _ = problem(None, True, False)
     fn = lambda x, w, s, z: jnp.sum(jc.ops.quantized_matmul(x, w, s, z, bits=4))
     grads = jax.grad(fn, argnums=(0, 1, 2, 3), allow_int=True)(x, codes, scale, zeros)
-    assert [g.dtype for g in grads] == [jnp.float32, jax.dtypes.float0, jnp.float32, jax.dtypes.float0]
+    assert [g.dtype for g in grads] == [
+        jnp.float32,
+        jax.dtypes.float0,
+        jnp.float32,
+        jax.dtypes.float0,
+    ]
 
 
 def test_per_example_gradients_under_vmap():
     x, codes, scale, _, g = problem(4, False, False)
-    one = lambda s, x, g: jnp.sum(g * jc.ops.quantized_matmul(x[None], codes, s, bits=4, group_size=4))
+    one = lambda s, x, g: jnp.sum(
+        g * jc.ops.quantized_matmul(x[None], codes, s, bits=4, group_size=4)
+    )
     per_example = jax.vmap(jax.grad(one), (None, 0, 0))(scale, x, g)
     for i in range(M):
         _, want = formula(x[i : i + 1], codes, scale, None, g[i : i + 1], 4)

@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
+import oracles
 
 
 def int8(*shape, seed=0):
@@ -55,9 +55,7 @@ def test_vmap_of_batched_operands_and_twice(matmul):
     twice = jax.vmap(jax.vmap(matmul))
     np.testing.assert_array_equal(jax.jit(twice)(x, w), exact(x, w))
     outer = jax.vmap(jax.vmap(matmul, (None, 0)), (0, None))  # every x with every w
-    np.testing.assert_array_equal(
-        jax.jit(outer)(x[:, 0], w[0]), exact(x[:, None, 0], w[None, 0])
-    )
+    np.testing.assert_array_equal(jax.jit(outer)(x[:, 0], w[0]), exact(x[:, None, 0], w[None, 0]))
 
 
 def test_vmap_of_the_other_layout(matmul):

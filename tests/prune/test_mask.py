@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles_pruning as oracles
 import pytest
 
 import jaxcompress as jc
+import oracles_pruning as oracles
 
 UNSTRUCTURED = jc.prune.unstructured()
 
@@ -58,7 +58,9 @@ def test_rules_name_whole_paths():
 
 
 def test_the_weight_of_a_fake_quant_array_is_scored():
-    params = jc.quantize.prepare_qat({"w": -jnp.arange(16.0).reshape(4, 4)}, {"w": jc.quantize.int4()})
+    params = jc.quantize.prepare_qat(
+        {"w": -jnp.arange(16.0).reshape(4, 4)}, {"w": jc.quantize.int4()}
+    )
     masks = jc.prune.mask(jax.tree.map(jnp.abs, params), UNSTRUCTURED, 0.75)
     assert np.flatnonzero(masks["w"]).tolist() == [12, 13, 14, 15]
 

@@ -5,10 +5,10 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles_pruning as oracles
 import pytest
 
 import jaxcompress as jc
+import oracles_pruning as oracles
 
 RATIOS = [(1, 2), (2, 4), (4, 8), (1, 4), (3, 4)]
 

@@ -5,9 +5,9 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles_pruning as oracles
 import pytest
 
+import oracles_pruning as oracles
 from jaxcompress.prune import constant, polynomial
 
 STEPS = jnp.arange(64)

@@ -8,9 +8,9 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles_pruning as oracles
 import pytest
 
+import oracles_pruning as oracles
 from jaxcompress.prune._select import COLD, keep_largest, order_key
 
 # A few shapes, so that few programs are compiled; what matters is in the values.
@@ -70,9 +70,11 @@ def test_large_arrays_of_every_distribution(kind, keep):
         "two values": lambda: random.integers(0, 2, 10_000),
         "wide": lambda: np.exp(random.uniform(-87, 88, 10_000)) * random.choice([-1, 1], 10_000),
         # Neighbouring floats, where interpolation has nothing to hold on to.
-        "last bits": lambda: (np.uint32(0x3F800000) + random.integers(0, 99, 10_000)).astype(
-            np.uint32
-        ).view(np.float32),
+        "last bits": lambda: (
+            (np.uint32(0x3F800000) + random.integers(0, 99, 10_000))
+            .astype(np.uint32)
+            .view(np.float32)
+        ),
     }[kind]().astype(np.float32)
     masks, _ = select([jnp.asarray(scores)], keep, COLD)
     assert as_lists(masks) == as_lists(oracles.keep_largest([scores], keep))

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles_pruning as oracles
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
+import oracles_pruning as oracles
 from jaxcompress.prune._select import COLD, keep_largest
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import random
 
 import jaxcompress as jc
+from checks import random
 
 RANGE = jc.statistics.minmax()
 STATIC = functools.partial(jc.quantize.w4a8, static=True)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import random
 
 import jaxcompress as jc
+from checks import random
 
 
 def matmul(p, x):

@@ -1,0 +1,39 @@
+"""Trees to save: every container, every dtype, and a model that uses them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxcompress as jc
+
+BATCH = np.random.default_rng(9).normal(size=(24, 16)).astype(np.float32)
+
+
+def model(params, x):
+    for name in ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric"):
+        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
+    return x @ params["twin"]
+
+
+def compressed():
+    """One layer in each format, sixteen by sixteen."""
+    random = np.random.default_rng(0)
+    dense = lambda: {
+        "kernel": jnp.asarray(random.normal(size=(16, 16)), jnp.float32),
+        "bias": jnp.asarray(random.normal(size=16), jnp.bfloat16),
+    }
+    names = ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric")
+    params = {name: dense() for name in names} | {"twin": dense()["kernel"]}
+    stats = jc.calibrate(model, params, [BATCH], jc.statistics.absmax())
+    rules = {
+        "int8/kernel": jc.quantize.int8(),
+        "int4/kernel": jc.quantize.int4(group_size=5),
+        "int3/kernel": jc.quantize.int3(axis=(-2, -1)),
+        "w8a8/kernel": jc.quantize.w8a8(static=True),
+        "pruned/kernel": jc.quantize.int4(),
+        "asymmetric/kernel": jc.quantize.int4(symmetric=False),
+    }
+    masks = jc.prune.mask(params, jc.prune.unstructured(), 0.8, rules=["pruned/kernel"])
+    params = jc.quantize.quantize(params, rules, stats=stats)
+    params = jc.prune.pack(params, masks)
+    return jc.quantize.prepare_qat(params, {"twin": jc.quantize.w4a8()}, learn_scale=True)
