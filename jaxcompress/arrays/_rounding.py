@@ -19,7 +19,6 @@ __all__ = [
     "encode_through",
     "minmax_scale",
     "range_scale",
-    "round_ste",
     "scale_gradient",
     "scale_of",
 ]
@@ -29,20 +28,10 @@ __all__ = [
 _AT_BOUND = 1 + 2.0**-20
 
 
-@jax.custom_jvp
-def round_ste(x: jax.Array) -> jax.Array:
-    """Rounds half to even; the gradient is that of the identity (Bengio et al., 2013)."""
-    return jnp.round(x)
-
-
-@round_ste.defjvp
-def _(primals, tangents):
-    return jnp.round(primals[0]), tangents[0]
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _nearest_ste(qtype: QType, x: jax.Array) -> jax.Array:
-    """The nearest number of the format; the gradient is that of the identity."""
+    """The nearest number of the format; the gradient is that of the identity (Bengio et
+    al., 2013, arXiv:1308.3432)."""
     return qtype.nearest(x)
 
 
