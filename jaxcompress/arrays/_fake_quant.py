@@ -86,7 +86,8 @@ class FakeQuantArray(CompressedArray):
     def _damped(self, x: jax.Array, count: float, qtype: QType) -> jax.Array:
         if not self.gradient_scale:
             return x
-        return scale_gradient(x, 1 / math.sqrt(max(count, 1) * qtype.high))
+        largest = qtype.high if qtype.symmetric else qtype.high - qtype.low
+        return scale_gradient(x, 1 / math.sqrt(max(count, 1) * largest))
 
     def simulate(self) -> QuantizedArray:
         """The array that `convert` would store, its codes as floats with a gradient."""

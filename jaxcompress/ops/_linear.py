@@ -42,7 +42,7 @@ def linear(x: jax.Array, w: QuantizedArray, transpose_w: bool, dtype: Any) -> ja
         w.values if isinstance(w.qtype, IntType) else w.numbers(),
         w.scale,
         w.zero_point,
-        bits=w.qtype.bits if isinstance(w.qtype, IntType) else 8,
+        bits=_bits(w),
         group_size=static.group_size,
         transpose_w=transpose_w,
         dtype=dtype,
@@ -58,12 +58,17 @@ def plan(
     if floats is not None:
         how = Implementation("reference", floats[1], _simulate)
         return floats[0], Choice(how, how.does)
-    problem = Problem(m=m, k=k, n=n, bits=w.qtype.bits, group_size=group, dtype=dtype)
+    problem = Problem(m=m, k=k, n=n, bits=_bits(w), group_size=group, dtype=dtype)
     if w.act is None:
         return "quantized_matmul", choose(_quantized_matmul.table(), problem, platform)
     if group:
         problem = dataclasses.replace(problem, k=min(group, k))
     return "int8_matmul", choose(_int8_matmul.table(), problem, platform)
+
+
+def _bits(w: QuantizedArray) -> int:
+    """Of a code that `quantized_matmul` gets: other numbers than integers come decoded."""
+    return w.qtype.bits if isinstance(w.qtype, IntType) else 8
 
 
 def _floats(w: QuantizedArray) -> tuple[str, str] | None:

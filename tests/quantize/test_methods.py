@@ -99,10 +99,10 @@ def test_lsq_plus_offsets_follow_what_is_clipped():
     code = (x - offset) / scale
     outside = (code > 127 * (1 + 1e-6)) | (code < -128 * (1 + 1e-6))
     assert outside.sum() >= 3
-    want = np.sum(upstream[outside]) / np.sqrt(6 * 127)
+    want = np.sum(upstream[outside]) / np.sqrt(6 * 255)
     # In range the two paths to the offset cancel; what is left is float32's.
     np.testing.assert_allclose(grads.act_offset, [[want]], atol=1e-5)
-    want = lsq_gradient(x - offset, scale, -128, 127, upstream) / np.sqrt(6 * 127)
+    want = lsq_gradient(x - offset, scale, -128, 127, upstream) / np.sqrt(6 * 255)
     np.testing.assert_allclose(grads.act_scale, [[want]], rtol=1e-3)
 
 
