@@ -25,7 +25,8 @@ def lsq(params: Any, rules: Rules, *, layout: Any = None, stats: Any = None) -> 
 
     `w_hat = s round(clip(w / s))`. The gradient to `s` is that of the rounded formula, times
     `1 / sqrt(N Q)`: `N` is the number of weights that share it, for activations the number of
-    features, `Q` the largest code (of all, if they are unsigned). Weights start at `s = 2 mean |w| / sqrt(Q)`.
+    features, `Q` the largest code (of all, if they are unsigned). Weights start at
+    `s = 2 mean |w| / sqrt(Q)`.
 
     Args:
       params, rules, layout, stats: as for `prepare_qat`; activations start where `stats`
