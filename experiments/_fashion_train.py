@@ -99,6 +99,15 @@ def fit_float(data: Fashion, keys: jax.Array, epochs: int, advance: Callable[[],
     )
 
 
+def fit_longer(
+    params: Any, data: Fashion, keys: jax.Array, epochs: int, advance: Callable[[], None]
+) -> Fit:
+    """The float network again, as long as a quantized one: what they are compared with."""
+    return fit(
+        net.apply, params, optax.adam(cosine(5e-4, epochs, data)), data, keys, epochs, advance
+    )
+
+
 def fit_quantized(
     method: str,
     bits: int,
