@@ -3,12 +3,13 @@
     python experiments/qat_fashion.py            # five seeds, under 60 minutes on two cores
     python experiments/qat_fashion.py --quick    # two seeds, one epoch, three runs: does it run?
 
-LeNet-300-100 on Fashion-MNIST in full: trained in floats, then, from there, for as many epochs
-each, in floats, with weights and activations at 8, 4, 3 and 2 bits, and with binary weights, by
-straight-through rounding, LSQ, PACT and DoReFa. What is reported is the accuracy of the converted integers on the test
-images after the last epoch. Expected: LSQ at 4 bits within two standard errors of the floats,
-at 2 bits within one point. Writes experiments/results/qat_fashion.json and .png; a run
-that was interrupted goes on after its last finished method.
+LeNet-300-100 on Fashion-MNIST in full: trained in floats, then, from there and for as many
+epochs each, in floats, with weights and activations at 8, 4, 3 and 2 bits, and with binary
+weights, by straight-through rounding, LSQ, PACT and DoReFa. What is reported is the accuracy
+of the converted integers on the test images after the last epoch. To reach: LSQ at 4 bits
+within two standard errors of the floats, at 2 bits within one point. Writes
+experiments/results/qat_fashion.json and .png; a run that was interrupted goes on after its
+last finished method.
 
 The data is in the Debian package dataset-fashion-mnist; --data names a folder with its files.
 """
