@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A file may import from its own layer and from those before it.
 LAYERS = [
-    ["_quax", "_max_dtype", "arrays", "_paths", "_rules"],
+    ["_quax", "_max_dtype", "_histogram", "_statistics", "_ranges", "arrays", "_paths", "_rules"],
     ["ops"],
     ["_accelerate", "_layout", "_calibrate", "statistics"],
     ["quantize", "prune", "distill"],

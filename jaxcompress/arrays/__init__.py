@@ -3,15 +3,20 @@
 from jaxcompress.arrays._base import CompressedArray, is_compressed
 from jaxcompress.arrays._bitmap import BitmapSparseArray
 from jaxcompress.arrays._fake_quant import FakeQuantArray
+from jaxcompress.arrays._formats import CodebookType, FloatType, OddType, TernaryType
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 
 __all__ = [
     "Activation",
     "BitmapSparseArray",
+    "CodebookType",
     "CompressedArray",
     "FakeQuantArray",
+    "FloatType",
     "IntType",
+    "OddType",
     "QuantizedArray",
+    "TernaryType",
     "is_compressed",
 ]

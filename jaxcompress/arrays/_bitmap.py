@@ -11,7 +11,7 @@ import numpy as np
 from jaxcompress.arrays._base import CompressedArray
 from jaxcompress.arrays._granularity import Axes
 from jaxcompress.arrays._packing import pack, unpack
-from jaxcompress.arrays._qtype import Activation, IntType
+from jaxcompress.arrays._qtype import Activation, IntType, QType
 from jaxcompress.arrays._quantized import QuantizedArray
 
 __all__ = ["BitmapSparseArray", "bitmap_of"]
@@ -27,7 +27,7 @@ class BitmapSparseArray(CompressedArray):
       stay axes of every leaf, so slices are valid arrays.
     - `values` is `[..., kept]`: floats; or with a `qtype` int8 codes, bit-packed below
       eight bits. Where leading indices keep different numbers, the rest is padding.
-    - `scale` and `act_scale` are those of the `QuantizedArray` that the codes belong to;
+    - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes;
       a dropped element is exactly 0.
 
     There is no product of its own yet: `jaxcompress.accelerate` puts the zeros back, in
@@ -43,9 +43,10 @@ class BitmapSparseArray(CompressedArray):
     values: Any
     scale: Any = None
     act_scale: Any = None
+    act_offset: Any = None
     core: tuple[int, ...] = eqx.field(static=True, kw_only=True)
     kept: int = eqx.field(static=True, kw_only=True)
-    qtype: IntType | None = eqx.field(static=True, kw_only=True, default=None)
+    qtype: QType | None = eqx.field(static=True, kw_only=True, default=None)
     axis: Axes = eqx.field(static=True, kw_only=True, default=())
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
@@ -82,6 +83,7 @@ class BitmapSparseArray(CompressedArray):
             self.scale,
             None,
             self.act_scale,
+            self.act_offset,
             qtype=self.qtype,
             axis=self.axis,
             group_size=self.group_size,
@@ -125,6 +127,8 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
 
     Codes that are zero anyway are dropped too. The first `leading` axes stay axes.
     """
+    if isinstance(array, QuantizedArray) and not isinstance(array.qtype, IntType):
+        raise TypeError(f"bitmaps hold integers; {path!r} is {array.qtype.name}")
     values = np.asarray(array.codes() if isinstance(array, QuantizedArray) else array)
     keep = np.asarray(mask) & (values != 0)
     lead, core = values.shape[:leading], values.shape[leading:]
@@ -144,7 +148,7 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
             stored = pack(stored, array.qtype.bits, -1)
         names = ("qtype", "axis", "group_size", "act", "float_dtype")
         static |= {name: getattr(array, name) for name in names}
-        scales = dict(scale=array.scale, act_scale=array.act_scale)
+        scales = {name: getattr(array, name) for name in ("scale", "act_scale", "act_offset")}
     else:
         static["float_dtype"] = np.dtype(array.dtype)
     bits = jnp.asarray(bitmap.reshape(*lead, bitmap.shape[-1]))

@@ -8,16 +8,22 @@ import numpy as np
 from jaxcompress.arrays import (
     Activation,
     BitmapSparseArray,
+    CodebookType,
     CompressedArray,
     FakeQuantArray,
+    FloatType,
     IntType,
+    OddType,
     QuantizedArray,
+    TernaryType,
 )
 
 __all__ = ["array_fields", "describe", "rebuild"]
 
 _CONTAINERS = {c.__name__: c for c in (QuantizedArray, FakeQuantArray, BitmapSparseArray)}
-_VALUES = {c.__name__: c for c in (IntType, Activation)}
+_VALUES = {
+    c.__name__: c for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+}
 
 
 def describe(array: CompressedArray) -> dict[str, Any]:

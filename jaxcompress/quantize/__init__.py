@@ -1,7 +1,19 @@
 """Quantization: specs, rounding to nearest, and training for it."""
 
+from jaxcompress.quantize._format_specs import (
+    binary,
+    fp8_e4m3,
+    fp8_e5m2,
+    mxfp4,
+    mxfp8,
+    nf4,
+    nvfp4,
+    ternary,
+)
+from jaxcompress.quantize._methods import dorefa, lsq, lsq_plus, pact
 from jaxcompress.quantize._qat import convert, freeze, prepare_qat, trainable
 from jaxcompress.quantize._quantize import quantize
+from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
 from jaxcompress.quantize._specs import (
     Spec,
     int2,
@@ -17,14 +29,29 @@ from jaxcompress.quantize._specs import (
 
 __all__ = [
     "Spec",
+    "binary",
+    "clip_weights",
     "convert",
+    "delayed",
+    "dorefa",
+    "fp8_e4m3",
+    "fp8_e5m2",
     "freeze",
+    "freeze_ranges",
     "int2",
     "int3",
     "int4",
     "int8",
+    "lsq",
+    "lsq_plus",
+    "mxfp4",
+    "mxfp8",
+    "nf4",
+    "nvfp4",
+    "pact",
     "prepare_qat",
     "quantize",
+    "ternary",
     "trainable",
     "w4a4",
     "w4a8",
