@@ -12,6 +12,7 @@ from jaxcompress._rules import Patterns
 from jaxcompress.arrays import is_compressed
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.prune._criteria import Criterion
+from jaxcompress.prune._distributions import Distribution, uniform
 from jaxcompress.prune._mask import choose, complete, prunable, weight_of
 from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._schedules import Schedule
@@ -53,7 +54,12 @@ class SparsifyState(NamedTuple):
 
 
 def prune(
-    criterion: Criterion, pattern: Pattern, schedule: Schedule, *, rules: Patterns | None = None
+    criterion: Criterion,
+    pattern: Pattern,
+    schedule: Schedule,
+    *,
+    rules: Patterns | None = None,
+    distribution: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes as the last link of `optax.chain`, after any optimizer.
 
@@ -69,6 +75,8 @@ def prune(
       schedule: `polynomial(0.9, begin=0, end=1000)`, `constant(0.9)`, ...
       rules: patterns of the paths to prune; every floating leaf of two dimensions and
         more if None. The weight of a `FakeQuantArray` is pruned like any other.
+      distribution: `global_()`, `erk()`, `by_rule({...})`; `uniform()` if None, the same
+        sparsity in each leaf.
 
     Returns:
       A gradient transformation whose `update` needs `params`. `masks` finds the masks.
@@ -96,6 +104,7 @@ def prune(
             f"{criterion.name} needs gradients, and the last link of a chain sees updates: use "
             "jc.prune.sparsify(optimizer, criterion, pattern, schedule)"
         )
+    parts = criterion, pattern, schedule, distribution or uniform()
 
     def init(params: Any) -> PruneState:
         return _init(params, criterion, rules)
@@ -104,7 +113,7 @@ def prune(
         updates: Any, state: PruneState, params: Any = None, **extra: Any
     ) -> tuple[Any, PruneState]:
         del extra
-        return _advance(updates, None, state, params, criterion, pattern, schedule)
+        return _advance(updates, None, state, params, *parts)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -116,6 +125,7 @@ def sparsify(
     schedule: Schedule,
     *,
     rules: Patterns | None = None,
+    distribution: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes around an optimizer: dense gradients for the criterion, masked ones inside.
 
@@ -125,7 +135,7 @@ def sparsify(
     Args:
       inner: any optimizer, `optax.adam(1e-3)` or a chain.
       criterion: any; it sees the raw gradients.
-      pattern, schedule, rules: as for `prune`.
+      pattern, schedule, rules, distribution: as for `prune`.
 
     Returns:
       A gradient transformation whose `update` needs `params`. `masks` finds the masks.
@@ -146,6 +156,7 @@ def sparsify(
     Evci et al., 2020, Rigging the Lottery, arXiv:1911.11134.
     """
     inner_tx = optax.with_extra_args_support(inner)
+    parts = criterion, pattern, schedule, distribution or uniform()
 
     def init(params: Any) -> SparsifyState:
         return SparsifyState(inner_tx.init(params), _init(params, criterion, rules))
@@ -159,7 +170,7 @@ def sparsify(
             lambda g, m: jnp.where(m, g, jnp.zeros_like(g)), params, updates, before
         )
         new, inner_state = inner_tx.update(masked, state.inner, params, **extra)
-        new, pruning = _advance(new, updates, state.pruning, params, criterion, pattern, schedule)
+        new, pruning = _advance(new, updates, state.pruning, params, *parts)
         keep = jax.tree.map(jnp.logical_and, before, pruning.masks)
         return new, SparsifyState(_clear(inner_state, params, keep), pruning)
 
@@ -279,8 +290,18 @@ def _init(params: Any, criterion: Criterion, rules: Patterns | None) -> PruneSta
             ],
         ),
         {path: jnp.asarray(COLD) for path in weights},
-        {path: criterion.init(w) for path, w in weights.items()},
+        {path: _own(criterion.init(w), i) for i, (path, w) in enumerate(weights.items())},
     )
+
+
+def _own(memory: Any, index: int) -> Any:
+    """A criterion's memory with random keys that no other leaf has."""
+
+    def one(leaf: Any) -> Any:
+        is_key = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.fold_in(leaf, index) if is_key else leaf
+
+    return jax.tree.map(one, memory)
 
 
 def _advance(
@@ -291,6 +312,7 @@ def _advance(
     criterion: Criterion,
     pattern: Pattern,
     schedule: Schedule,
+    distribution: Distribution,
 ) -> tuple[Any, PruneState]:
     """One update: scores, masks if they are due, and exact zeros where pruned."""
     _need_params(params)
@@ -307,8 +329,8 @@ def _advance(
         old[path] = m
 
     def anew(_: Any) -> tuple[Any, Any]:
-        kept = lambda size: schedule.kept(state.count, size)
-        return choose(scores, pattern, kept, state.thresholds)
+        kept = lambda size, share=1.0: schedule.kept(state.count, size, share)
+        return choose(scores, pattern, distribution, kept, state.thresholds)
 
     def as_before(_: Any) -> tuple[Any, Any]:
         return old, dict(state.thresholds)
