@@ -10,9 +10,12 @@ from jaxcompress.prune._criteria import (
     taylor,
 )
 from jaxcompress.prune._distributions import Distribution, Leaf, by_rule, erk, global_, uniform
+from jaxcompress.prune._iterative import iterative, lottery_ticket
 from jaxcompress.prune._mask import mask
 from jaxcompress.prune._pack import pack
 from jaxcompress.prune._patterns import Pattern, block, channel, column, nm, row, unstructured
+from jaxcompress.prune._proximal import proximal
+from jaxcompress.prune._regrow import regrow, rigl, set_
 from jaxcompress.prune._schedules import (
     Schedule,
     constant,
@@ -22,7 +25,10 @@ from jaxcompress.prune._schedules import (
     periodic,
     polynomial,
 )
+from jaxcompress.prune._straight_through import straight_through
 from jaxcompress.prune._transform import PruneState, SparsifyState, keep, masks, prune, sparsify
+from jaxcompress.prune._with_function import grasp, snip, synflow, wanda
+from jaxcompress.prune._zeroing import apply
 
 __all__ = [
     "Criterion",
@@ -32,6 +38,7 @@ __all__ = [
     "PruneState",
     "Schedule",
     "SparsifyState",
+    "apply",
     "block",
     "by_rule",
     "channel",
@@ -43,7 +50,10 @@ __all__ = [
     "geometric",
     "global_",
     "gradient",
+    "grasp",
+    "iterative",
     "keep",
+    "lottery_ticket",
     "magnitude",
     "mask",
     "masks",
@@ -53,11 +63,19 @@ __all__ = [
     "pack",
     "periodic",
     "polynomial",
+    "proximal",
     "prune",
     "random",
+    "regrow",
+    "rigl",
     "row",
+    "set_",
+    "snip",
     "sparsify",
+    "straight_through",
+    "synflow",
     "taylor",
     "uniform",
     "unstructured",
+    "wanda",
 ]

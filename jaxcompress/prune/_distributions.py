@@ -169,10 +169,16 @@ def _proportional(total: jax.Array, raw: jax.Array, sizes: jax.Array) -> jax.Arr
         return full | (constant(full) * raw >= 1 + 2.0**-20)  # in truth above 1, however rounded
 
     full = lax.fori_loop(0, sizes.size, fill, jnp.zeros(sizes.shape, bool))
-    # A little less, rounded down, so that something is left whatever float32 does; the
-    # first leaves with room take it.
-    wanted = jnp.floor(constant(full) * weights * (1 - 2.0**-20)).astype(jnp.int32)
-    base = jnp.where(full, sizes, jnp.clip(wanted, 0, sizes))
+    exact = constant(full) * weights
+    # A little less, rounded down, so that something is left whatever float32 does.
+    base = jnp.clip(jnp.floor(exact * (1 - 2.0**-20)).astype(jnp.int32), 0, sizes)
+    base = jnp.where(full, sizes, base)
+    # One more where the most was cut off; and if float32 could not count that far, the
+    # first leaves with room take the rest.
+    rest = jnp.where(base < sizes, exact - base, -1.0)
+    index = jnp.arange(sizes.size)
+    ahead = (rest > rest[:, None]) | ((rest == rest[:, None]) & (index < index[:, None]))
+    base = base + ((jnp.sum(ahead, -1) < total - jnp.sum(base)) & (base < sizes))
     room = sizes - base
     before = jnp.cumsum(room) - room
     return base + jnp.clip(total - jnp.sum(base) - before, 0, room)

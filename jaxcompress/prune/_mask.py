@@ -15,7 +15,7 @@ from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._schedules import constant
 from jaxcompress.prune._select import COLD, keep_largest
 
-__all__ = ["choose", "complete", "mask", "prunable", "select", "weight_of"]
+__all__ = ["choose", "complete", "magnitudes", "mask", "prunable", "select", "weight_of"]
 
 
 def mask(
@@ -124,6 +124,15 @@ def complete(masks: Any, params: Any) -> Any:
 def weight_of(leaf: Any) -> Any:
     """The array of a leaf that is pruned: the float weight of a `FakeQuantArray`."""
     return leaf.weight if isinstance(leaf, FakeQuantArray) else leaf
+
+
+def magnitudes(params: Any) -> Any:
+    """The absolute values of floating leaves; the others as they are."""
+
+    def one(leaf: Any) -> Any:
+        return jnp.abs(weight_of(leaf)) if _floating(leaf) else leaf
+
+    return jax.tree.map(one, params, is_leaf=is_compressed)
 
 
 def prunable(params: Any, rules: Patterns | None) -> set[str]:

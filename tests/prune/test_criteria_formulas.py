@@ -61,11 +61,11 @@ def test_decay_is_that_of_a_mean(make, decay):
 
 
 def steps(tx, params, n):
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     found = []
     for i in range(n):
         grads = jax.tree.map(lambda p, i=i: jnp.cos(p + i), params)
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         found.append(jc.prune.masks(state))
     return found
