@@ -14,9 +14,10 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from jaxcompress._accelerate import _probe, _products
+from jaxcompress._accelerate._block_sparse import block_sparse
 from jaxcompress._accelerate._gather import gather
 from jaxcompress._quax import ragged_dot_general_p, stop_gradient_p
-from jaxcompress.arrays import CompressedArray, QuantizedArray, _views
+from jaxcompress.arrays import BlockSparseArray, CompressedArray, QuantizedArray, _views
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import reshape
 
@@ -29,6 +30,9 @@ def _view(primitive: Primitive, move: Callable[..., Any]) -> None:
     """A primitive that moves the indices of one array about."""
 
     def rule(x: CompressedArray, *rest: Any, **params: Any) -> Any:
+        same = x.viewed(primitive, params)
+        if same is not None:
+            return same
         small = x.lowered()
         if isinstance(small, QuantizedArray):
             moved = move(small, *rest, **params)
@@ -146,6 +150,13 @@ def _product(primitive: Primitive, operands: list, which: int, run: Callable, pa
 
 
 def _dot_general(operands: list, which: int, params: dict) -> Any:
+    w, x = operands[which], operands[1 - which]
+    if isinstance(w, BlockSparseArray) and not isinstance(x, CompressedArray):
+        dtype = params["preferred_element_type"] or x.dtype
+        out = block_sparse(x, w, params["dimension_numbers"], which == 0, dtype)
+        if out is not None:
+            return out
+
     def run(x, w, dtype):
         return _products.dot_general(x, w, params["dimension_numbers"], which == 0, dtype)
 

@@ -2,16 +2,20 @@
 
 from jaxcompress.arrays._base import CompressedArray, is_compressed
 from jaxcompress.arrays._bitmap import BitmapSparseArray
+from jaxcompress.arrays._block import BlockSparseArray
 from jaxcompress.arrays._fake_quant import FakeQuantArray
+from jaxcompress.arrays._nm import NMSparseArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 
 __all__ = [
     "Activation",
     "BitmapSparseArray",
+    "BlockSparseArray",
     "CompressedArray",
     "FakeQuantArray",
     "IntType",
+    "NMSparseArray",
     "QuantizedArray",
     "is_compressed",
 ]

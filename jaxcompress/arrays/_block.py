@@ -6,6 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
 
 from jaxcompress.arrays._base import CompressedArray
 from jaxcompress.arrays._granularity import Axes
@@ -86,15 +88,26 @@ class BlockSparseArray(CompressedArray):
         full = scatter(self.rows, self.blocks())
         return jnp.swapaxes(full, -1, -2) if self.transposed else full
 
-    def swapped(self) -> "BlockSparseArray":
+    def viewed(self, primitive: Primitive, params: dict[str, Any]) -> "BlockSparseArray | None":
+        if primitive is lax.convert_element_type_p:
+            if jnp.issubdtype(params["new_dtype"], jnp.floating):
+                return replace(self, float_dtype=np.dtype(params["new_dtype"]))
+        elif primitive is lax.transpose_p:
+            n = self.ndim
+            if tuple(params["permutation"]) == (*range(n - 2), n - 1, n - 2):
+                return self._swapped()
+        return None
+
+    def _swapped(self) -> "BlockSparseArray":
         """The transpose of the last two axes."""
-        turn = lambda a: {-1: -2, -2: -1}.get(a, a)
-        scales = {
-            name: None if leaf is None else jnp.swapaxes(leaf, -1, -2)
-            for name, leaf in (("scale", self.scale), ("act_scale", self.act_scale))
-        }
-        axis = tuple(turn(a) for a in self.axis)
-        return replace(self, transposed=not self.transposed, axis=axis, **scales)
+        swap = lambda leaf: None if leaf is None else jnp.swapaxes(leaf, -1, -2)
+        return replace(
+            self,
+            transposed=not self.transposed,
+            axis=tuple({-1: -2, -2: -1}.get(a, a) for a in self.axis),
+            scale=swap(self.scale),
+            act_scale=swap(self.act_scale),
+        )
 
     def lowered(self) -> QuantizedArray | jax.Array:
         why = "zeros are put back: only a plain product gathers blocks"
@@ -163,7 +176,7 @@ def block_of(
     if transposed:
         blocks, some = blocks.swapaxes(-3, -4).swapaxes(-1, -2), some.swapaxes(-1, -2)
         block = block[::-1]
-    lead, (down, across) = some.shape[:-2], some.shape[-2:]
+    lead, across = some.shape[:-2], some.shape[-1]
     slots = int(some.sum(-2).max(initial=0))
     # Kept rows of blocks first, in order; rows that are dropped fill up with zeros.
     order = np.argsort(~some, -2, kind="stable")[..., :slots, :].swapaxes(-1, -2)

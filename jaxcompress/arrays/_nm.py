@@ -135,7 +135,9 @@ def nm_of(
     along = along % values.ndim - values.ndim
     length = values.shape[along]
     if length % m:
-        raise ValueError(f"{path!r} has {length} weights along axis {along}; {m} does not divide it")
+        raise ValueError(
+            f"{path!r} has {length} weights along axis {along}; {m} does not divide it"
+        )
     groups = lambda a: np.moveaxis(a, along, -1).reshape(*_without(a.shape, along), -1, m)
     keep, rows = groups(np.asarray(mask)), groups(values)
     if (keep.sum(-1) > n).any():
@@ -145,7 +147,7 @@ def nm_of(
             f"{int(keep[where].sum())} of the {m} from index {where[-1] * m} on, at "
             f"{where[:-1]} of the other axes"
         )
-    keep &= rows != 0
+    keep = keep & (rows != 0)
     # Kept places first, in order; places with zeros fill up.
     order = np.argsort(~keep, -1, kind="stable")[..., :n]
     rows = np.where(keep, rows, 0)

@@ -25,6 +25,7 @@ from jaxcompress.prune._schedules import (
     periodic,
     polynomial,
 )
+from jaxcompress.prune._sparsegpt import sparsegpt
 from jaxcompress.prune._straight_through import straight_through
 from jaxcompress.prune._transform import PruneState, SparsifyState, keep, masks, prune, sparsify
 from jaxcompress.prune._with_function import grasp, snip, synflow, wanda
@@ -71,6 +72,7 @@ __all__ = [
     "row",
     "set_",
     "snip",
+    "sparsegpt",
     "sparsify",
     "straight_through",
     "synflow",

@@ -10,6 +10,9 @@ import numpy as np
 
 from jaxcompress._layout import Layout
 from jaxcompress._paths import path_string
+from jaxcompress.arrays import CompressedArray
+from jaxcompress.arrays._block import block_of
+from jaxcompress.arrays._nm import nm_of
 from jaxcompress.prune._select import order_key
 
 __all__ = ["Pattern", "block", "channel", "column", "nm", "row", "unstructured"]
@@ -22,7 +25,8 @@ class Pattern(NamedTuple):
     kept; `spread(path, kept, score)` makes a mask of the leaf from the mask of its units.
     With `separate`, the first axis of the units numbers competitions that keep the same
     number each. `whole` says that a unit is kept or dropped as a whole, and that its score
-    is the mean of its weights' scores.
+    is the mean of its weights' scores. `store(path, array, mask, layout)`, if there is one,
+    packs a leaf for `pack`; `ratio` is the `(n, m)` of N:M.
 
     Your own pattern is one of these, whole rows here:
 
@@ -42,6 +46,8 @@ class Pattern(NamedTuple):
     spread: Callable[[str, jax.Array, jax.Array], jax.Array]
     separate: bool = False
     whole: bool = False
+    store: Callable[[str, Any, jax.Array, Layout | None], CompressedArray] | None = None
+    ratio: tuple[int, int] | None = None
 
 
 def unstructured(*, axis: int | Sequence[int] | None = None, layout: Any = None) -> Pattern:
@@ -128,7 +134,11 @@ def block(height: int, width: int) -> Pattern:
         mask = jnp.repeat(jnp.repeat(kept, height, -2), width, -1)
         return mask[..., :rows, :columns]
 
-    return Pattern(f"block({height}, {width})", units, spread, whole=True)
+    def store(path: str, array: Any, mask: jax.Array, found: Layout | None) -> CompressedArray:
+        by_rows = found is not None and found.contract == (-1,)
+        return block_of(array, mask, (height, width), path, transposed=by_rows)
+
+    return Pattern(f"block({height}, {width})", units, spread, whole=True, store=store)
 
 
 def channel(*, axis: int | Sequence[int] | None = None, layout: Any = None) -> Pattern:
@@ -257,7 +267,10 @@ def nm(n: int, m: int, *, axis: int | None = None, layout: Any = None) -> Patter
         mask = mask.reshape(*mask.shape[:-2], -1)
         return jnp.moveaxis(mask, -1, along(path, score))
 
-    return Pattern(f"{n}:{m}", units, spread)
+    def store(path: str, array: Any, mask: jax.Array, found: Layout | None) -> CompressedArray:
+        return nm_of(array, mask, n, m, axes(path, array.shape)[-1], path)
+
+    return Pattern(f"{n}:{m}", units, spread, store=store, ratio=(n, m))
 
 
 def _slices(name: str, reduced: Callable[[str, tuple[int, ...]], list[int]]) -> Pattern:

@@ -159,7 +159,8 @@ def synflow(
         out = [x for x in jax.tree.leaves(fn(fill(w), ones)) if floats(x)]
         return sum((jnp.sum(x.astype(jnp.float32)) for x in out), jnp.float32(0))
 
-    grads = jax.jit(jax.grad(flow))(weights)
+    # Not compiled: in rounds it would be compiled anew each time.
+    grads = jax.grad(flow)(weights)
     return _scores(
         params, {path: grads[path].astype(jnp.float32) * w for path, w in weights.items()}
     )

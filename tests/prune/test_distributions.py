@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles_pruning as oracles
 import pytest
 
 import jaxcompress as jc
+import oracles_pruning as oracles
 
 UNSTRUCTURED = jc.prune.unstructured()
 SHAPES = {"conv": (3, 3, 4, 8), "hidden": (128, 20), "out": (20, 10)}

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles_pruning as oracles
 import pytest
 
 import jaxcompress as jc
+import oracles_pruning as oracles
 
 UNSTRUCTURED = jc.prune.unstructured()
 

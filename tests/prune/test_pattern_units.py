@@ -5,10 +5,10 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles_pruning as oracles
 import pytest
 
 import jaxcompress as jc
+import oracles_pruning as oracles
 
 
 def whole_numbers(*shape, seed=0):

@@ -4,9 +4,9 @@ import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
-import oracles_pruning as oracles
 import pytest
 
+import oracles_pruning as oracles
 from jaxcompress.prune import constant, cosine, geometric, one_shot, periodic
 
 STEPS = jnp.arange(60)
