@@ -4,6 +4,7 @@ import gzip
 from pathlib import Path
 
 import numpy as np
+
 from _data import Digits, Split
 from _harness import fail
 

@@ -183,7 +183,8 @@ def block_of(
     alive = np.take_along_axis(some.swapaxes(-1, -2), order, -1)
     by_column = np.moveaxis(blocks, -3, -4)  # [..., across, down, height, width]
     picked = np.take_along_axis(by_column, order[..., None, None], -3)
-    picked = np.where(alive[..., None, None], picked, 0).reshape(*lead, across, slots, -1)
+    picked = np.where(alive[..., None, None], picked, 0)
+    picked = picked.reshape(*lead, across, slots, block[0] * block[1])
     stored, rows = jnp.asarray(picked), jnp.asarray(order.astype(np.int32))
     matrix = values.shape[-2:][::-1] if transposed else values.shape[-2:]
     static: dict[str, Any] = dict(block=tuple(block), matrix=tuple(matrix), path=path)

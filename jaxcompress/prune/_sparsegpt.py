@@ -149,7 +149,8 @@ def _leaf(
     totals = [int(constant(sparsity).kept(jnp.int32(0), rows * end)) for end in ends]
     kept = jnp.asarray(np.diff([0, *totals]), jnp.int32)
     solve = functools.partial(_solve, size=size, ratio=pattern.ratio, separate=pattern.separate)
-    new, mask = lax.map(lambda a: solve(*a, kept), (turned.reshape(lead, -1, k), upper))
+    seen = jnp.diagonal(gram, axis1=-2, axis2=-1) > 0
+    new, mask = lax.map(lambda a: solve(*a, kept), (turned.reshape(lead, -1, k), upper, seen))
     back = [order.index(d) for d in range(leaf.ndim)]
     restore = lambda a: jnp.transpose(a.reshape(turned.shape), back)
     mask = restore(mask)
@@ -187,17 +188,22 @@ def _factor(gram: jax.Array, damping: jax.typing.ArrayLike) -> jax.Array:
 def _solve(
     w: jax.Array,
     upper: jax.Array,
+    seen: jax.Array,
     kept: jax.Array,
     *,
     size: int,
     ratio: tuple[int, int] | None,
     separate: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`w[outputs, inputs]` pruned in blocks of `size` inputs, `kept[b]` of each, and its mask."""
+    """`w[outputs, inputs]` pruned in blocks of `size` inputs, `kept[b]` of each, and its mask.
+
+    Inputs that are not `seen`, always zero, are the first to go.
+    """
     outputs, k = w.shape
     more = -k % size
     w = jnp.pad(w, ((0, 0), (0, more)))
     upper = jnp.pad(upper, ((0, more), (0, more))) + jnp.diag(jnp.arange(k + more) >= k)
+    lowest = jnp.pad(jnp.where(seen, 0.0, -1.0), (0, more), constant_values=-jnp.inf)
     width = size if ratio is None else ratio[1]
 
     def masked(scores: jax.Array, number: jax.Array) -> jax.Array:
@@ -213,13 +219,13 @@ def _solve(
         start = b * size
         part = lax.dynamic_slice_in_dim(w, start, size, 1)
         factor = lax.dynamic_slice(upper, (start, start), (size, size))
-        real = start + jnp.arange(size) < k
+        floor = lax.dynamic_slice_in_dim(lowest, start, size)
 
         def column(j: jax.Array, state: Any) -> Any:
             part, keep, errors = state
 
             def anew(keep: jax.Array) -> jax.Array:
-                scores = jnp.where(real, (part / jnp.diagonal(factor)) ** 2, -jnp.inf)
+                scores = jnp.where(floor < 0, floor, (part / jnp.diagonal(factor)) ** 2)
                 scores = lax.dynamic_slice_in_dim(scores, j, width, 1)
                 return lax.dynamic_update_slice_in_dim(keep, masked(scores, kept[b]), j, 1)
 
