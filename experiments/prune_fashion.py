@@ -105,18 +105,17 @@ def train_all(options: Any) -> list[dict[str, Any]]:
     def ladder(network: str, model: Any) -> None:
         """Lottery tickets, each from the one before: train, prune, rewind."""
         train, seeds = data(network)
-        masks: list[Any] = [None] * seeds
-        method = DENSE
-        for sparsity in [s for s in RUNGS if s <= max(options.sparsities)]:
-            given = None if method is DENSE else masks
-            one = fit(model, method, 0.0, train, whole.test, range(seeds), options.epochs, given)
+
+        def trained(method: Any, masks: Any) -> Any:
+            n = options.epochs
+            return fit(model, method, 0.0, train, whole.test, range(seeds), n, masks)
+
+        one, masks = trained(DENSE, None), [None] * seeds
+        for sparsity in (s for s in RUNGS if s <= max(options.sparsities)):
             masks = [rung(p, m, sparsity) for p, m in zip(one.params, masks)]
-            method = TICKET
+            one = trained(TICKET, masks)
             if sparsity in options.sparsities:
-                ticket = fit(
-                    model, TICKET, 0.0, train, whole.test, range(seeds), options.epochs, masks
-                )
-                record((network, "lottery", sparsity), ticket)
+                record((network, "lottery", sparsity), one)
 
     methods = METHODS | {"dense": DENSE, "sr_ste": SR_STE}
     rows = runs(options)
