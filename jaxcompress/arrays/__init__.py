@@ -2,8 +2,10 @@
 
 from jaxcompress.arrays._base import CompressedArray, is_compressed
 from jaxcompress.arrays._bitmap import BitmapSparseArray
+from jaxcompress.arrays._block import BlockSparseArray
 from jaxcompress.arrays._fake_quant import FakeQuantArray
 from jaxcompress.arrays._formats import CodebookType, FloatType, OddType, TernaryType
+from jaxcompress.arrays._nm import NMSparseArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 
@@ -11,11 +13,13 @@ __all__ = [
     "Activation",
     "BitmapSparseArray",
     "CodebookType",
+    "BlockSparseArray",
     "CompressedArray",
     "FakeQuantArray",
     "FloatType",
     "IntType",
     "OddType",
+    "NMSparseArray",
     "QuantizedArray",
     "TernaryType",
     "is_compressed",

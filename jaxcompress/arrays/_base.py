@@ -48,6 +48,13 @@ class CompressedArray(quax.ArrayValue):
         """The next simpler form that rules know: a `QuantizedArray`, or a dense array."""
         return self
 
+    def viewed(self, primitive: Primitive, params: dict[str, Any]) -> "CompressedArray | None":
+        """This array through a primitive that moves its axes, still in its own form.
+
+        None where it would lose that form; `lowered` then has its say.
+        """
+        return None
+
     def note(self, primitive: Primitive | str, op: str, implementation: str, why: str) -> None:
         """Tells `jaxcompress.explain` what becomes of this array."""
         here = listener()

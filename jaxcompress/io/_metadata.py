@@ -8,19 +8,24 @@ import numpy as np
 from jaxcompress.arrays import (
     Activation,
     BitmapSparseArray,
+    BlockSparseArray,
     CodebookType,
     CompressedArray,
     FakeQuantArray,
     FloatType,
     IntType,
+    NMSparseArray,
     OddType,
     QuantizedArray,
     TernaryType,
 )
 
-__all__ = ["array_fields", "describe", "rebuild"]
+__all__ = ["CONTAINERS", "array_fields", "describe", "rebuild"]
 
-_CONTAINERS = {c.__name__: c for c in (QuantizedArray, FakeQuantArray, BitmapSparseArray)}
+CONTAINERS = {
+    c.__name__: c
+    for c in (QuantizedArray, FakeQuantArray, BitmapSparseArray, NMSparseArray, BlockSparseArray)
+}
 _VALUES = {
     c.__name__: c for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
 }
@@ -48,7 +53,7 @@ def array_fields(array: CompressedArray) -> dict[str, Any]:
 
 def rebuild(description: dict[str, Any], arrays: dict[str, Any], path: str) -> CompressedArray:
     """The container that `describe` described; any mismatch is a `KeyError` or `TypeError`."""
-    cls = _CONTAINERS[description["class"]]
+    cls = CONTAINERS[description["class"]]
     static = {k: _decode(v) for k, v in description.items() if k != "class"}
     return cls(**arrays, **static, path=path)
 
