@@ -1,6 +1,7 @@
 """What the distillation experiments compute besides training: data, corrections, resuming."""
 
 import gzip
+import json
 import sys
 from pathlib import Path
 
@@ -94,3 +95,15 @@ def test_runs_that_are_done_are_not_done_again(tmp_path):
     assert len(calls) == 2
     done()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_goal_of_user_behaviour():
+    """AUC, recall and F1 of the ensemble kept within a point, in under 4 KB, over five seeds."""
+    record = json.loads((ROOT / "experiments/results/user_behaviour.json").read_text())
+    by_name = {row["name"]: row for row in record["rows"]}
+    small, large = by_name["compressed"], by_name["ensemble"]
+    assert small["file_bytes"] < 4096
+    assert large["auc"] > 0.765
+    for score in ("auc", "recall", "f1"):
+        assert small[score] > large[score] - 0.01
+    assert len(record["environment"]["seeds"]) == 5
