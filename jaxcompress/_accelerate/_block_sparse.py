@@ -19,7 +19,8 @@ def block_sparse(
     """`lax.dot_general` of `x` and `w`, in this order or with `weight_first`.
 
     None unless the product contracts the rows of its matrices and nothing else, each
-    leading axis is a batch axis, and a scale does not vary along the rows.
+    leading axis is a batch axis, a scale does not vary along the rows, and activations have
+    no offset.
     """
     (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     if weight_first:
@@ -30,13 +31,15 @@ def block_sparse(
         return None
     if w.qtype is not None and w.scale.shape[row] != 1:
         return None
+    if w.act is not None and not w.act.qtype.symmetric:
+        return None
     x_free = [d for d in range(x.ndim) if d not in x_contract and d not in x_batch]
     batch, k = w.rows.shape[:-2], w.matrix[0]
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*batch, -1, k)
     x_scale = None
     if w.act is not None:
         static = None if w.act_scale is None else w.act_scale.reshape(*batch, 1, 1)
-        rows, x_scale = encode_activations(rows, w.act, static)
+        rows, x_scale, _ = encode_activations(rows, w.act, static)
     out = block_sparse_dot(rows, w.blocks(), w.rows, w.matrix[1])
     if x_scale is not None:
         out = out * x_scale

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays._base import CompressedArray
 from jaxcompress.arrays._granularity import Axes
-from jaxcompress.arrays._packing import pack, unpack
-from jaxcompress.arrays._qtype import Activation, IntType, QType
+from jaxcompress.arrays._packing import unpack
+from jaxcompress.arrays._qtype import Activation, QType
 from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._sparse import SparseArray, codes_or_floats, fields_of, stored
 
 __all__ = ["BitmapSparseArray", "bitmap_of"]
 
 
-class BitmapSparseArray(CompressedArray):
+class BitmapSparseArray(SparseArray):
     """A sparse array of any pattern: a bitmap, and the kept values in row-major order.
 
     Invariants:
@@ -73,29 +73,7 @@ class BitmapSparseArray(CompressedArray):
 
     def lowered(self) -> QuantizedArray | jax.Array:
         self.note("expand", "bitmap", "reference", "zeros are put back: no sparse product yet")
-        return self._expanded()
-
-    def _expanded(self) -> QuantizedArray | jax.Array:
-        if self.qtype is None:
-            return self.dense().astype(self.float_dtype)
-        return QuantizedArray(
-            self.dense(),
-            self.scale,
-            None,
-            self.act_scale,
-            self.act_offset,
-            qtype=self.qtype,
-            axis=self.axis,
-            group_size=self.group_size,
-            act=self.act,
-            float_dtype=self.float_dtype,
-            path=self.path,
-        )
-
-    def materialise(self) -> jax.Array:
-        """The dense array that this one stands for, in its logical dtype."""
-        full = self._expanded()
-        return full.materialise() if isinstance(full, QuantizedArray) else full
+        return self.expanded()
 
     def __repr__(self) -> str:
         if not hasattr(self.bitmap, "shape"):  # a tree of labels or specs in its shape
@@ -127,9 +105,7 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
 
     Codes that are zero anyway are dropped too. The first `leading` axes stay axes.
     """
-    if isinstance(array, QuantizedArray) and not isinstance(array.qtype, IntType):
-        raise TypeError(f"bitmaps hold integers; {path!r} is {array.qtype.name}")
-    values = np.asarray(array.codes() if isinstance(array, QuantizedArray) else array)
+    values = codes_or_floats(array, path)
     keep = np.asarray(mask) & (values != 0)
     lead, core = values.shape[:leading], values.shape[leading:]
     size, rows = math.prod(core), math.prod(lead)
@@ -140,16 +116,8 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
     for row in range(rows):
         found = values[row, keep[row]]
         packed[row, : found.size] = found
-    stored = jnp.asarray(packed.reshape(*lead, kept))
-    static: dict[str, Any] = dict(core=core, kept=kept, path=path)
-    scales: dict[str, Any] = {}
-    if isinstance(array, QuantizedArray):
-        if array.qtype.bits < 8:
-            stored = pack(stored, array.qtype.bits, -1)
-        names = ("qtype", "axis", "group_size", "act", "float_dtype")
-        static |= {name: getattr(array, name) for name in names}
-        scales = {name: getattr(array, name) for name in ("scale", "act_scale", "act_offset")}
-    else:
-        static["float_dtype"] = np.dtype(array.dtype)
     bits = jnp.asarray(bitmap.reshape(*lead, bitmap.shape[-1]))
-    return BitmapSparseArray(bits, stored, **scales, **static)
+    packed = packed.reshape(*lead, kept)
+    return BitmapSparseArray(
+        bits, stored(packed, array, -1), core=core, kept=kept, path=path, **fields_of(array)
+    )

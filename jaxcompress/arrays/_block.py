@@ -9,16 +9,16 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 
-from jaxcompress.arrays._base import CompressedArray
 from jaxcompress.arrays._granularity import Axes
-from jaxcompress.arrays._packing import pack, unpack
-from jaxcompress.arrays._qtype import Activation, IntType
+from jaxcompress.arrays._packing import unpack
+from jaxcompress.arrays._qtype import Activation, QType
 from jaxcompress.arrays._quantized import QuantizedArray, replace
+from jaxcompress.arrays._sparse import SparseArray, codes_or_floats, fields_of, stored
 
 __all__ = ["BlockSparseArray", "block_of"]
 
 
-class BlockSparseArray(CompressedArray):
+class BlockSparseArray(SparseArray):
     """Matrices, in the last two axes, of which whole blocks are kept.
 
     Invariants:
@@ -30,7 +30,7 @@ class BlockSparseArray(CompressedArray):
       Every column has as many slots as the fullest; what is left over is zero blocks.
     - `matrix` is the logical `(rows, columns)`; blocks reach beyond a far edge that they do
       not divide, with zeros. With `transposed` the array is the transpose of that.
-    - `scale` and `act_scale` are those of the `QuantizedArray` that the codes belong to.
+    - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes.
 
     In `jaxcompress.accelerate` a product that contracts the rows gathers the activations
     of the kept blocks and multiplies those only; anything else gets the zeros put back.
@@ -49,10 +49,11 @@ class BlockSparseArray(CompressedArray):
     rows: Any
     scale: Any = None
     act_scale: Any = None
+    act_offset: Any = None
     block: tuple[int, int] = eqx.field(static=True, kw_only=True)
     matrix: tuple[int, int] = eqx.field(static=True, kw_only=True)
     transposed: bool = eqx.field(static=True, kw_only=True, default=False)
-    qtype: IntType | None = eqx.field(static=True, kw_only=True, default=None)
+    qtype: QType | None = eqx.field(static=True, kw_only=True, default=None)
     axis: Axes = eqx.field(static=True, kw_only=True, default=())
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
@@ -107,33 +108,13 @@ class BlockSparseArray(CompressedArray):
             axis=tuple({-1: -2, -2: -1}.get(a, a) for a in self.axis),
             scale=swap(self.scale),
             act_scale=swap(self.act_scale),
+            act_offset=swap(self.act_offset),
         )
 
     def lowered(self) -> QuantizedArray | jax.Array:
         why = "zeros are put back: only a plain product gathers blocks"
         self.note("expand", "block_sparse", "reference", why)
-        return self._expanded()
-
-    def _expanded(self) -> QuantizedArray | jax.Array:
-        if self.qtype is None:
-            return self.dense().astype(self.float_dtype)
-        return QuantizedArray(
-            self.dense(),
-            self.scale,
-            None,
-            self.act_scale,
-            qtype=self.qtype,
-            axis=self.axis,
-            group_size=self.group_size,
-            act=self.act,
-            float_dtype=self.float_dtype,
-            path=self.path,
-        )
-
-    def materialise(self) -> jax.Array:
-        """The dense array that this one stands for, in its logical dtype."""
-        full = self._expanded()
-        return full.materialise() if isinstance(full, QuantizedArray) else full
+        return self.expanded()
 
     def __repr__(self) -> str:
         if not hasattr(self.rows, "shape"):  # a tree of labels or specs in its shape
@@ -159,12 +140,13 @@ def block_of(
     With `transposed` the columns of `array` are contracted, and blocks lie in its rows.
     Raises `ValueError` if a block is neither kept nor dropped as a whole.
     """
-    values = np.asarray(array.codes() if isinstance(array, QuantizedArray) else array)
+    values = codes_or_floats(array, path)
     if values.ndim < 2:
         raise ValueError(f"{path!r} has the shape {values.shape}, and no rows and columns")
     kept = _blocks_of(np.asarray(mask), block)
     real = _blocks_of(np.ones(values.shape, bool), block)  # False beyond the edges
-    some, every = kept.any((-1, -2)), (kept | ~real).all((-1, -2))
+    some: np.ndarray = kept.any((-1, -2))
+    every = (kept | ~real).all((-1, -2))
     if (some & ~every).any():
         where = tuple(int(i) for i in np.argwhere(some & ~every)[0])
         raise ValueError(
@@ -185,19 +167,12 @@ def block_of(
     picked = np.take_along_axis(by_column, order[..., None, None], -3)
     picked = np.where(alive[..., None, None], picked, 0)
     picked = picked.reshape(*lead, across, slots, block[0] * block[1])
-    stored, rows = jnp.asarray(picked), jnp.asarray(order.astype(np.int32))
     matrix = values.shape[-2:][::-1] if transposed else values.shape[-2:]
     static: dict[str, Any] = dict(block=tuple(block), matrix=tuple(matrix), path=path)
-    scales: dict[str, Any] = {}
-    if isinstance(array, QuantizedArray):
-        if array.qtype.bits < 8:
-            stored = pack(stored, array.qtype.bits, -1)
-        names = ("qtype", "axis", "group_size", "act", "float_dtype")
-        static |= {name: getattr(array, name) for name in names}
-        scales = dict(scale=array.scale, act_scale=array.act_scale)
-    else:
-        static["float_dtype"] = np.dtype(array.dtype)
-    return BlockSparseArray(stored, rows, **scales, transposed=transposed, **static)
+    rows = jnp.asarray(order.astype(np.int32))
+    return BlockSparseArray(
+        stored(picked, array, -1), rows, transposed=transposed, **static, **fields_of(array)
+    )
 
 
 def _blocks_of(array: np.ndarray, block: tuple[int, int]) -> np.ndarray:

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays._base import CompressedArray
 from jaxcompress.arrays._granularity import Axes
 from jaxcompress.arrays._packing import pack, unpack
-from jaxcompress.arrays._qtype import Activation, IntType
+from jaxcompress.arrays._qtype import Activation, QType
 from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._sparse import SparseArray, codes_or_floats, fields_of, stored
 
 __all__ = ["NMSparseArray", "nm_of"]
 
 
-class NMSparseArray(CompressedArray):
+class NMSparseArray(SparseArray):
     """An array that keeps `n` of every `m` neighbours along one axis.
 
     Invariants:
@@ -26,7 +26,7 @@ class NMSparseArray(CompressedArray):
     - `indices` says which of the `m` places each value has, in `ceil(log2 m)` bits, as
       uint8 bit planes along `along`. Places of a group differ; a group that keeps fewer
       than `n` has zeros among its values.
-    - `scale` and `act_scale` are those of the `QuantizedArray` that the codes belong to.
+    - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes.
     - Leading axes (layers, experts) are axes of every leaf, so slices are valid arrays.
 
     There is no product of its own yet: `jaxcompress.accelerate` puts the zeros back, in
@@ -46,11 +46,12 @@ class NMSparseArray(CompressedArray):
     indices: Any
     scale: Any = None
     act_scale: Any = None
+    act_offset: Any = None
     n: int = eqx.field(static=True, kw_only=True)
     m: int = eqx.field(static=True, kw_only=True)
     along: int = eqx.field(static=True, kw_only=True)
     length: int = eqx.field(static=True, kw_only=True)
-    qtype: IntType | None = eqx.field(static=True, kw_only=True, default=None)
+    qtype: QType | None = eqx.field(static=True, kw_only=True, default=None)
     axis: Axes = eqx.field(static=True, kw_only=True, default=())
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
@@ -83,28 +84,7 @@ class NMSparseArray(CompressedArray):
     def lowered(self) -> QuantizedArray | jax.Array:
         why = f"zeros are put back: no {self.n}:{self.m} product yet"
         self.note("expand", "nm", "reference", why)
-        return self._expanded()
-
-    def _expanded(self) -> QuantizedArray | jax.Array:
-        if self.qtype is None:
-            return self.dense().astype(self.float_dtype)
-        return QuantizedArray(
-            self.dense(),
-            self.scale,
-            None,
-            self.act_scale,
-            qtype=self.qtype,
-            axis=self.axis,
-            group_size=self.group_size,
-            act=self.act,
-            float_dtype=self.float_dtype,
-            path=self.path,
-        )
-
-    def materialise(self) -> jax.Array:
-        """The dense array that this one stands for, in its logical dtype."""
-        full = self._expanded()
-        return full.materialise() if isinstance(full, QuantizedArray) else full
+        return self.expanded()
 
     def __repr__(self) -> str:
         if not hasattr(self.values, "shape"):  # a tree of labels or specs in its shape
@@ -131,7 +111,7 @@ def nm_of(
     """
     if m > 128:
         raise ValueError(f"an NMSparseArray has groups of up to 128; got {n}:{m}")
-    values = np.asarray(array.codes() if isinstance(array, QuantizedArray) else array)
+    values = codes_or_floats(array, path)
     along = along % values.ndim - values.ndim
     length = values.shape[along]
     if length % m:
@@ -152,19 +132,10 @@ def nm_of(
     order = np.argsort(~keep, -1, kind="stable")[..., :n]
     rows = np.where(keep, rows, 0)
     back = lambda a: np.moveaxis(a.reshape(*a.shape[:-2], -1), -1, along)
-    stored = jnp.asarray(back(np.take_along_axis(rows, order, -1)))
-    static: dict[str, Any] = dict(n=n, m=m, along=along, length=length, path=path)
-    scales: dict[str, Any] = {}
-    if isinstance(array, QuantizedArray):
-        if array.qtype.bits < 8:
-            stored = pack(stored, array.qtype.bits, along)
-        names = ("qtype", "axis", "group_size", "act", "float_dtype")
-        static |= {name: getattr(array, name) for name in names}
-        scales = dict(scale=array.scale, act_scale=array.act_scale)
-    else:
-        static["float_dtype"] = np.dtype(array.dtype)
+    kept = back(np.take_along_axis(rows, order, -1))
     indices = pack(jnp.asarray(back(order).astype(np.int8)), index_bits(m), along)
-    return NMSparseArray(stored, indices, **scales, **static)
+    static: dict[str, Any] = dict(n=n, m=m, along=along, length=length, path=path)
+    return NMSparseArray(stored(kept, array, along), indices, **static, **fields_of(array))
 
 
 def _without(shape: tuple[int, ...], along: int) -> tuple[int, ...]:

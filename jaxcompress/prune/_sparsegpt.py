@@ -13,10 +13,11 @@ import optax
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from jaxcompress._calibrate import Observed, calibrate, second_moment
+from jaxcompress._calibrate import calibrate
 from jaxcompress._layout import Layout, layout
 from jaxcompress._paths import map_with_paths, rebuild
 from jaxcompress._rules import Patterns
+from jaxcompress._statistics import Observed, second_moment
 from jaxcompress.arrays import is_compressed
 from jaxcompress.prune._mask import prunable
 from jaxcompress.prune._patterns import Pattern, nm

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress._calibrate import Observed, Statistic, calibrate
+from jaxcompress._calibrate import calibrate
 from jaxcompress._layout import Layout, layout
 from jaxcompress._paths import leaves_with_paths, map_with_paths, rebuild
 from jaxcompress._rules import Patterns
+from jaxcompress._statistics import Observed, Statistic
 from jaxcompress.arrays import is_compressed
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.prune._mask import prunable, weight_of
