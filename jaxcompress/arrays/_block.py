@@ -145,7 +145,7 @@ def block_of(
         raise ValueError(f"{path!r} has the shape {values.shape}, and no rows and columns")
     kept = _blocks_of(np.asarray(mask), block)
     real = _blocks_of(np.ones(values.shape, bool), block)  # False beyond the edges
-    some: np.ndarray = kept.any((-1, -2))
+    some = np.asarray(kept.any((-1, -2)))
     every = (kept | ~real).all((-1, -2))
     if (some & ~every).any():
         where = tuple(int(i) for i in np.argwhere(some & ~every)[0])
