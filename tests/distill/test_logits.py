@@ -61,18 +61,24 @@ each = pytest.mark.parametrize("name", LOSSES)
 
 
 @functools.cache
-def compiled(name, temperature=1.0):
-    """`(losses, gradient to the student, gradient to the teacher)`, compiled once a shape."""
+def program(name):
     loss, _, _ = LOSSES[name]
 
-    def total(s, t, where):
+    def total(s, t, where, temperature):
         losses = loss(s, t, temperature=temperature, where=where)
         return losses.sum(), losses
 
-    @jax.jit
+    run = jax.value_and_grad(total, (0, 1), has_aux=True)
+    # What `top_k` keeps is of one temperature, a number.
+    return jax.jit(run, static_argnums=(3,) if name == "top_k_kl" else ())
+
+
+def compiled(name, temperature=1.0):
+    """`(losses, gradient to the student, gradient to the teacher)`, compiled once a shape."""
+
     def run(s, t, where=None):
-        where = jnp.ones(s.shape, bool) if where is None else where
-        (_, losses), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(s, t, where)
+        where = np.ones(s.shape, bool) if where is None else where
+        (_, losses), grads = program(name)(s, t, where, temperature)
         return losses, *grads
 
     return run
