@@ -1,0 +1,198 @@
+"""The call of the native library as one JAX primitive: mapped, sharded, exported.
+
+Operands are `x[b, m, k]`, the weight's bytes with the same leading `b`, and for a scaled
+product `scale[b, g, n]`, `zero[b, g, n]` and `x_scale[b, 1, 1]`, the last two only if the
+call has them. The result is `[b, m, n]`.
+
+A batch that only `x` has becomes rows; a weight is not copied for it. Sharded over devices,
+each computes its rows, columns and batches, and `k` is gathered. A program that is exported
+has to run where there is no native library, so there the primitive is what `otherwise` says:
+the same product by XLA.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+__all__ = ["COLUMN_MAJOR", "PANELS", "ROW_MAJOR", "Call", "native_matmul"]
+
+PANELS, ROW_MAJOR, COLUMN_MAJOR = 0, 1, 2  # as in matmul.h
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What is static about a call; `integers` is the exact product of int8 rows."""
+
+    integers: bool
+    layout: int
+    path: str
+    bits: int = 8
+    group_size: int | None = None
+    digits: int = 1
+    high: int = 127
+    has_zero: bool = False
+    has_x_scale: bool = False
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(jnp.int32 if self.integers else jnp.float32)
+
+    def columns(self, *operands: Any) -> int:
+        """`n`, as far as an operand says it: panels are filled up to a multiple of 16."""
+        w_shape = operands[1].shape
+        if not self.integers:
+            return operands[2].shape[-1]
+        return w_shape[1] if self.layout == COLUMN_MAJOR else w_shape[-1]
+
+
+def native_matmul(call: Call, otherwise: Callable[..., jax.Array], *operands: Any) -> jax.Array:
+    """The product; `otherwise(*operands)` is what an exported program does instead.
+
+    `otherwise` has to be hashable by value.
+    """
+    varying = frozenset().union(*(jax.typeof(a).vma for a in operands))
+    operands = tuple(_vary(a, varying - jax.typeof(a).vma) for a in operands)
+    return _matmul_p.bind(*operands, call=call, otherwise=otherwise)
+
+
+def _vary(array: Any, axes: frozenset) -> Any:
+    return lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+
+
+_matmul_p = Primitive("native_matmul")
+
+
+@functools.cache
+def _compiled(call, otherwise):
+    return jax.jit(functools.partial(_matmul_p.bind, call=call, otherwise=otherwise))
+
+
+@_matmul_p.def_impl
+def _impl(*operands, call, otherwise):
+    return _compiled(call, otherwise)(*operands)
+
+
+@_matmul_p.def_abstract_eval
+def _abstract(*operands, call, otherwise):
+    x, w, n = operands[0], operands[1], call.columns(*operands)
+    spec = PartitionSpec(x.sharding.spec[0], x.sharding.spec[1], w.sharding.spec[_N[call.layout]])
+    out = x.update(shape=(*x.shape[:2], n), dtype=call.dtype)
+    return out.update(sharding=x.sharding.update(spec=spec), weak_type=False)
+
+
+# Where a weight has its columns.
+_N = {PANELS: 1, ROW_MAJOR: 2, COLUMN_MAJOR: 1}
+
+
+def _batch(operands, axes, *, call, otherwise):
+    [size] = {a.shape[axis] for a, axis in zip(operands, axes) if axis is not None}
+    run = functools.partial(native_matmul, call, otherwise)
+    if all(axis is None for axis in axes[1:]):
+        x = jnp.moveaxis(operands[0], axes[0], 1)
+        b, m = x.shape[0], x.shape[2]
+        out = run(x.reshape(b, size * m, x.shape[3]), *operands[1:])
+        return out.reshape(b, size, m, out.shape[-1]), 1
+
+    def merged(a, axis):
+        if axis is None:
+            a = jnp.broadcast_to(a, (size, *a.shape))
+        else:
+            a = jnp.moveaxis(a, axis, 0)
+        return a.reshape(size * a.shape[1], *a.shape[2:])
+
+    out = run(*map(merged, operands, axes))
+    return out.reshape(size, out.shape[0] // size, *out.shape[1:]), 0
+
+
+batching.primitive_batchers[_matmul_p] = _batch
+
+
+def _lower(ctx, *operands, call, otherwise):
+    if ctx.module_context.lowering_parameters.for_export:
+        return mlir.lower_fun(otherwise, multiple_results=False)(ctx, *operands)
+    context = ctx.module_context.axis_context
+    manual = set(getattr(context, "manual_axes", ()))
+    shared = set(context.mesh.axis_names) - manual if manual else set()
+    if shared or getattr(context, "num_devices", 1) > 1:
+        return mlir.lower_fun(_partitioned(call), multiple_results=False)(ctx, *operands)
+    return mlir.lower_fun(functools.partial(_run, call), multiple_results=False)(
+        ctx.replace(avals_in=[_local(a) for a in ctx.avals_in]), *operands
+    )
+
+
+def _local(aval):
+    """Without what only an outer program knows: this is one device's part by now."""
+    return jax.core.ShapedArray(aval.shape, aval.dtype)
+
+
+mlir.register_lowering(_matmul_p, _lower, platform="cpu")
+
+
+def _run(call: Call, *operands: jax.Array) -> jax.Array:
+    """The foreign call itself."""
+    x, w, *rest = operands
+    b, m, k = x.shape
+    group = k if call.group_size is None else min(call.group_size, k)
+    groups = -(-k // group) if k else 1
+    rows = b * m * call.digits
+    # As Problem::scratch_bytes has it: rows of codes, sums of the groups, scales.
+    sizes = (rows * (-(-k // 64) * 64 + 64), 4 * rows * groups, 4 * b * m)
+    scratch = jax.ShapeDtypeStruct((sum(-(-size // 64) * 64 for size in sizes),), jnp.uint8)
+    out = jax.ShapeDtypeStruct((b, m, call.columns(*operands)), call.dtype)
+    if call.integers:
+        run = jax.ffi.ffi_call("jaxcompress_int8_matmul", (out, scratch))
+        return run(x, w, layout=call.layout, path=call.path)[0]
+    scale, *rest = rest
+    zero = rest.pop(0) if call.has_zero else jnp.zeros(0, jnp.int8)
+    x_scale = rest.pop(0) if call.has_x_scale else jnp.zeros(0, jnp.float32)
+    run = jax.ffi.ffi_call("jaxcompress_quantized_matmul", (out, scratch))
+    static = dict(bits=call.bits, group_size=group, digits=call.digits, high=call.high)
+    return run(x, w, scale, zero, x_scale, layout=call.layout, path=call.path, **static)[0]
+
+
+@functools.cache
+def _partitioned(call: Call) -> Callable[..., jax.Array]:
+    """`_run` with a rule for the partitioner: rows, columns and batches may be cut."""
+    run = custom_partitioning(functools.partial(_run, call))
+
+    def partition(mesh, args, result):
+        batch, m, n = (*result.sharding.spec, None, None, None)[:3]
+        n = n if _cuts(mesh, n, result.shape[-1], call) else None
+        spec = {PANELS: (batch, n, None, None, None), ROW_MAJOR: (batch, None, n)}
+        w = spec.get(call.layout, (batch, n, None))
+        columns = [(batch, None, n)] * (0 if call.integers else 1 + call.has_zero)
+        specs = [(batch, m, None), w, *columns, *[(batch, None, None)] * call.has_x_scale]
+        place = lambda s: NamedSharding(mesh, PartitionSpec(*s))
+        return mesh, functools.partial(_run, call), place((batch, m, n)), tuple(map(place, specs))
+
+    run.def_partition(partition, sharding_rule=functools.partial(_sharding_rule, call))
+    return run
+
+
+def _cuts(mesh, axes, n: int, call: Call) -> bool:
+    """Whether the columns can be cut: panels only between two of them."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(mesh.shape[name] for name in names)
+    return n % (parts * (16 if call.layout == PANELS else 1)) == 0
+
+
+def _sharding_rule(call, mesh, operand_types, result_types):
+    n = result_types[0].shape[-1]
+    whole = call.layout == PANELS and n % 16 == 0
+    columns, sizes = ("(p c)", dict(p=n // 16, c=16)) if whole else ("n", {})
+    panels = "b p q c i" if whole else "b u q v i"
+    w = {PANELS: panels, ROW_MAJOR: f"b r {columns}", COLUMN_MAJOR: f"b {columns} r"}[call.layout]
+    terms = ["b m k", w]
+    terms += [f"b g {columns}", f"b h {columns}"][: 0 if call.integers else 1 + call.has_zero]
+    terms += ["b s t"] * call.has_x_scale
+    return ", ".join(terms) + f" -> b m {columns}", sizes
