@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jaxcompress._accelerate import _products
 from jaxcompress._accelerate._gather import gather
 from jaxcompress._quax import ragged_dot_general_p, stop_gradient_p
-from jaxcompress.arrays import CompressedArray, QuantizedArray, _views
+from jaxcompress.arrays import CompressedArray, PrepackedArray, QuantizedArray, _views
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import reshape
 
@@ -25,10 +25,18 @@ __all__: list[str] = []
 _NO_SCALES = "its scales do not follow the axes"
 
 
-def _view(primitive: Primitive, move: Callable[..., Any]) -> None:
+def _view(
+    primitive: Primitive,
+    move: Callable[..., Any],
+    move_prepacked: Callable[..., Any] = lambda *args, **params: None,
+) -> None:
     """A primitive that moves the indices of one array about."""
 
     def rule(x: CompressedArray, *rest: Any, **params: Any) -> Any:
+        if isinstance(x, PrepackedArray):
+            moved = move_prepacked(x, *rest, **params)
+            if moved is not None:
+                return moved
         small = x.lowered()
         if isinstance(small, QuantizedArray):
             moved = move(small, *rest, **params)
@@ -54,24 +62,28 @@ def _slices(q: QuantizedArray, *, axis: int, sizes: Any) -> list[QuantizedArray]
     return parts
 
 
-def _cast(q: QuantizedArray, *, new_dtype: Any, **_: Any) -> QuantizedArray | None:
+def _cast(q: CompressedArray, *, new_dtype: Any, **_: Any) -> CompressedArray | None:
     if not jnp.issubdtype(new_dtype, jnp.floating):
         return None
     return replace(q, float_dtype=jnp.dtype(new_dtype))
 
 
-def _stop(q: QuantizedArray) -> QuantizedArray:
+def _stop(q: CompressedArray) -> CompressedArray:
     return jax.tree.map(
         lambda a: lax.stop_gradient(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, q
     )
 
 
-_view(lax.transpose_p, lambda q, *, permutation: _views.transpose(q, permutation))
+_view(
+    lax.transpose_p,
+    lambda q, *, permutation: _views.transpose(q, permutation),
+    lambda p, *, permutation: p.transposed() if tuple(permutation) == (1, 0) else None,
+)
 _view(lax.squeeze_p, lambda q, *, dimensions: _views.squeeze(q, dimensions))
 _view(lax.split_p, _slices)
-_view(lax.convert_element_type_p, _cast)
-_view(lax.copy_p, lambda q: q)
-_view(stop_gradient_p, _stop)
+_view(lax.convert_element_type_p, _cast, _cast)
+_view(lax.copy_p, lambda q: q, lambda p: p)
+_view(stop_gradient_p, _stop, _stop)
 _view(
     lax.reshape_p,
     lambda q, *, new_sizes, dimensions, **_: None if dimensions else reshape(q, new_sizes),
@@ -144,6 +156,13 @@ def _product(primitive: Primitive, operands: list, which: int, run: Callable, pa
 
 
 def _dot_general(operands: list, which: int, params: dict) -> Any:
+    x, w = operands[1 - which], operands[which]
+    if isinstance(w, PrepackedArray) and not isinstance(x, CompressedArray):
+        dtype = params["preferred_element_type"] or x.dtype
+        out = _products.prepacked(x, w, params["dimension_numbers"], which == 0, dtype)
+        if out is not None:
+            return out
+
     def run(x, w, dtype):
         return _products.dot_general(x, w, params["dimension_numbers"], which == 0, dtype)
 

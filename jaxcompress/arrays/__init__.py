@@ -3,6 +3,7 @@
 from jaxcompress.arrays._base import CompressedArray, is_compressed
 from jaxcompress.arrays._bitmap import BitmapSparseArray
 from jaxcompress.arrays._fake_quant import FakeQuantArray
+from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 
@@ -12,6 +13,7 @@ __all__ = [
     "CompressedArray",
     "FakeQuantArray",
     "IntType",
+    "PrepackedArray",
     "QuantizedArray",
     "is_compressed",
 ]

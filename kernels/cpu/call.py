@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
@@ -60,9 +61,16 @@ def native_matmul(call: Call, otherwise: Callable[..., jax.Array], *operands: An
 
     `otherwise` has to be hashable by value.
     """
-    varying = frozenset().union(*(jax.typeof(a).vma for a in operands))
-    operands = tuple(_vary(a, varying - jax.typeof(a).vma) for a in operands)
+    axes = frozenset().union(*map(_varying, operands))
+    operands = tuple(_vary(a, axes - _varying(a)) for a in operands)
     return _matmul_p.bind(*operands, call=call, otherwise=otherwise)
+
+
+def _varying(array: Any) -> frozenset:
+    """The axes of a surrounding `shard_map` over which an array differs."""
+    kind = jax.typeof(array)
+    # Of two names, the one that this version of JAX has.
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 def _vary(array: Any, axes: frozenset) -> Any:
@@ -151,13 +159,16 @@ def _run(call: Call, *operands: jax.Array) -> jax.Array:
     out = jax.ShapeDtypeStruct((b, m, call.columns(*operands)), call.dtype)
     if call.integers:
         run = jax.ffi.ffi_call("jaxcompress_int8_matmul", (out, scratch))
-        return run(x, w, layout=call.layout, path=call.path)[0]
+        return run(x, w, layout=np.int64(call.layout), path=call.path)[0]
     scale, *rest = rest
     zero = rest.pop(0) if call.has_zero else jnp.zeros(0, jnp.int8)
     x_scale = rest.pop(0) if call.has_x_scale else jnp.zeros(0, jnp.float32)
     run = jax.ffi.ffi_call("jaxcompress_quantized_matmul", (out, scratch))
-    static = dict(bits=call.bits, group_size=group, digits=call.digits, high=call.high)
-    return run(x, w, scale, zero, x_scale, layout=call.layout, path=call.path, **static)[0]
+    numbers = dict(
+        layout=call.layout, bits=call.bits, group_size=group, digits=call.digits, high=call.high
+    )
+    numbers = {name: np.int64(value) for name, value in numbers.items()}
+    return run(x, w, scale, zero, x_scale, path=call.path, **numbers)[0]
 
 
 @functools.cache

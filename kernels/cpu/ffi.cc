@@ -148,6 +148,9 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::A
 }  // namespace
 }  // namespace jaxcompress
 
+// Everything else of the library is hidden.
+#pragma GCC visibility push(default)
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_int8_matmul, jaxcompress::Int8Matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -176,7 +179,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_quantized_matmul, jaxcompress::Quantiz
                                   .Attr<std::string_view>("path"));
 
 // The name of the path that runs for `name` ("" for the best), or "" if this CPU lacks it.
-extern "C" __attribute__((visibility("default"))) const char* jaxcompress_path(const char* name) {
+extern "C" const char* jaxcompress_path(const char* name) {
   const jaxcompress::Path* path = jaxcompress::find_path(name);
   return path ? path->name : "";
 }
+
+#pragma GCC visibility pop
