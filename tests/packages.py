@@ -18,6 +18,10 @@ from jaxcompress.kernels.int8_matmul import xla
 assert jc.ops.int8_matmul.__module__.startswith("jaxcompress."), jc
 x = jnp.full((16, 8), 3, jnp.int8)
 assert int(jc.ops.int8_matmul(x, x.T, implementation="xla")[0, 0]) == 72
+from jaxcompress.kernels import cpu
+assert bool(cpu.missing()) == %(without_native)s, cpu.missing()
+if not cpu.missing():
+    assert int(jc.ops.int8_matmul(x, x.T, implementation="cpu")[0, 0]) == 72
 assert importlib.resources.files("jaxcompress").joinpath("py.typed").is_file()
 print(jc.__version__, jc.__file__)
 """

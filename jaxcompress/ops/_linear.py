@@ -181,8 +181,8 @@ def _cpu(static, x, values, scale, zero, act_scale):
     lead = x.shape[:-1]
     if x.ndim == 2:
         x, values, scale, zero = batched(x, values, scale, zero)
-    if x_scale is not None:
-        x_scale = x_scale.reshape(-1, 1, 1)
+    if x_scale is not None and x_scale.size == 1:
+        x_scale = x_scale.reshape((1,) * x.ndim)
     out = kernel.quantized_matmul(
         x,
         values,

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = ["COLUMN_MAJOR", "PANELS", "ROW_MAJOR", "Call", "native_matmul"]
@@ -62,8 +63,7 @@ def native_matmul(call: Call, otherwise: Callable[..., jax.Array], *operands: An
     `otherwise` has to be hashable by value.
     """
     axes = frozenset().union(*map(_varying, operands))
-    operands = tuple(_vary(a, axes - _varying(a)) for a in operands)
-    return _matmul_p.bind(*operands, call=call, otherwise=otherwise)
+    return _mapped(call, otherwise)(*(_vary(a, axes - _varying(a)) for a in operands))
 
 
 def _varying(array: Any) -> frozenset:
@@ -102,48 +102,42 @@ def _abstract(*operands, call, otherwise):
 _N = {PANELS: 1, ROW_MAJOR: 2, COLUMN_MAJOR: 1}
 
 
-def _batch(operands, axes, *, call, otherwise):
-    [size] = {a.shape[axis] for a, axis in zip(operands, axes) if axis is not None}
-    run = functools.partial(native_matmul, call, otherwise)
-    if all(axis is None for axis in axes[1:]):
-        x = jnp.moveaxis(operands[0], axes[0], 1)
-        b, m = x.shape[0], x.shape[2]
-        out = run(x.reshape(b, size * m, x.shape[3]), *operands[1:])
-        return out.reshape(b, size, m, out.shape[-1]), 1
-
-    def merged(a, axis):
-        if axis is None:
-            a = jnp.broadcast_to(a, (size, *a.shape))
-        else:
-            a = jnp.moveaxis(a, axis, 0)
-        return a.reshape(size * a.shape[1], *a.shape[2:])
-
-    out = run(*map(merged, operands, axes))
-    return out.reshape(size, out.shape[0] // size, *out.shape[1:]), 0
-
-
-batching.primitive_batchers[_matmul_p] = _batch
-
-
 def _lower(ctx, *operands, call, otherwise):
     if ctx.module_context.lowering_parameters.for_export:
-        return mlir.lower_fun(otherwise, multiple_results=False)(ctx, *operands)
-    context = ctx.module_context.axis_context
-    manual = set(getattr(context, "manual_axes", ()))
-    shared = set(context.mesh.axis_names) - manual if manual else set()
-    if shared or getattr(context, "num_devices", 1) > 1:
-        return mlir.lower_fun(_partitioned(call), multiple_results=False)(ctx, *operands)
-    return mlir.lower_fun(functools.partial(_run, call), multiple_results=False)(
-        ctx.replace(avals_in=[_local(a) for a in ctx.avals_in]), *operands
-    )
+        return _lower_otherwise(ctx, *operands, call=call, otherwise=otherwise)
+    return mlir.lower_fun(functools.partial(_run, call), multiple_results=False)(ctx, *operands)
 
 
-def _local(aval):
-    """Without what only an outer program knows: this is one device's part by now."""
-    return jax.core.ShapedArray(aval.shape, aval.dtype)
+def _lower_otherwise(ctx, *operands, call, otherwise):
+    return mlir.lower_fun(otherwise, multiple_results=False)(ctx, *operands)
 
 
+mlir.register_lowering(_matmul_p, _lower_otherwise)
 mlir.register_lowering(_matmul_p, _lower, platform="cpu")
+
+
+@functools.cache
+def _mapped(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The primitive with its rule for the partitioner and, around that, its rule for vmap."""
+    run = custom_vmap(_partitioned(call, otherwise))
+
+    @run.def_vmap
+    def _(size, mapped, *operands):
+        again = functools.partial(native_matmul, call, otherwise)
+        x, *others = operands
+        if not any(mapped[1:]):  # more rows; the weight is not repeated
+            b, m, k = x.shape[1:]
+            rows = jnp.moveaxis(x, 0, 1).reshape(b, size * m, k)
+            out = again(rows, *others)
+            return jnp.moveaxis(out.reshape(b, size, m, out.shape[-1]), 1, 0), True
+        operands = [
+            a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
+            for a, is_mapped in zip(operands, mapped)
+        ]
+        out = again(*(a.reshape(size * a.shape[1], *a.shape[2:]) for a in operands))
+        return out.reshape(size, out.shape[0] // size, *out.shape[1:]), True
+
+    return run
 
 
 def _run(call: Call, *operands: jax.Array) -> jax.Array:
@@ -171,10 +165,10 @@ def _run(call: Call, *operands: jax.Array) -> jax.Array:
     return run(x, w, scale, zero, x_scale, path=call.path, **numbers)[0]
 
 
-@functools.cache
-def _partitioned(call: Call) -> Callable[..., jax.Array]:
-    """`_run` with a rule for the partitioner: rows, columns and batches may be cut."""
-    run = custom_partitioning(functools.partial(_run, call))
+def _partitioned(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Rows, columns and batches may be cut; what is contracted is gathered."""
+    bind = functools.partial(_matmul_p.bind, call=call, otherwise=otherwise)
+    run = custom_partitioning(lambda *operands: bind(*operands))
 
     def partition(mesh, args, result):
         batch, m, n = (*result.sharding.spec, None, None, None)[:3]
@@ -184,7 +178,7 @@ def _partitioned(call: Call) -> Callable[..., jax.Array]:
         columns = [(batch, None, n)] * (0 if call.integers else 1 + call.has_zero)
         specs = [(batch, m, None), w, *columns, *[(batch, None, None)] * call.has_x_scale]
         place = lambda s: NamedSharding(mesh, PartitionSpec(*s))
-        return mesh, functools.partial(_run, call), place((batch, m, n)), tuple(map(place, specs))
+        return mesh, bind, place((batch, m, n)), tuple(map(place, specs))
 
     run.def_partition(partition, sharding_rule=functools.partial(_sharding_rule, call))
     return run

@@ -10,6 +10,9 @@
 namespace jaxcompress {
 namespace {
 
+// Bytes of a panel that are read ahead.
+constexpr size_t kAhead = 2048;
+
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -91,59 +94,55 @@ float quantize(const float* x, size_t k, int digits, float high, const float* sc
   }
 }
 
+// Eight bytes at a time: vector units shift words, not bytes.
+constexpr uint64_t every_byte(uint64_t byte) { return 0x0101010101010101ull * byte; }
+
+inline uint64_t load(const uint8_t* from) {
+  uint64_t word;
+  memcpy(&word, from, sizeof word);
+  return word;
+}
+
+inline void store(uint8_t* to, uint64_t word) { memcpy(to, &word, sizeof word); }
+
 // A plane of `kWidth` bits at byte row `kStart` of a block, onto bit `kShift` of the codes.
 // Byte j of a plane has the codes j, j + 8 w, j + 16 w, ..., so four neighbouring bytes have
-// four neighbouring codes, and a quad stays a quad.
-template <int kWidth, int kStart, int kShift>
-inline void decode_plane(const uint8_t* planes, uint8_t* weights) {
-  constexpr uint8_t kMask = (1 << kWidth) - 1;
-  constexpr int kQuads = 2 * kWidth;  // of the plane
-  for (int q = 0; q < kQuads; ++q) {
-    const uint8_t* from = planes + (kStart / 4 + q) * kLine;
-    for (int part = 0; part < 8 / kWidth; ++part) {
-      uint8_t* to = weights + (part * kQuads + q) * kLine;
-      for (size_t i = 0; i < kLine; ++i) {
-        const uint8_t code = static_cast<uint8_t>(((from[i] >> (part * kWidth)) & kMask) << kShift);
-        to[i] = kShift ? static_cast<uint8_t>(to[i] | code) : code;
-      }
+// four neighbouring codes, and a quad stays a quad. With the last plane the top bit flips,
+// which adds 2^(bits - 1).
+template <int kWidth, int kStart, int kShift, bool kLast>
+inline void decode_plane(const uint8_t* __restrict planes, uint8_t* __restrict weights) {
+  constexpr uint64_t kMask = every_byte((1 << kWidth) - 1);
+  constexpr uint64_t kFlip = kLast ? every_byte(1 << (kWidth - 1)) : 0;
+  constexpr size_t kBytes = 2 * kWidth * kLine;  // of the plane
+  planes += kStart / 4 * kLine;
+  for (int part = 0; part < 8 / kWidth; ++part) {
+    uint8_t* to = weights + part * kBytes;
+    for (size_t i = 0; i < kBytes; i += 8) {
+      const uint64_t code = (((load(planes + i) >> (part * kWidth)) & kMask) ^ kFlip) << kShift;
+      store(to + i, kShift ? load(to + i) | code : code);
     }
   }
 }
 
-template <int kBits>
-inline void flip_top(uint8_t* weights) {
-  for (size_t i = 0; i < 16 * kLine; ++i) weights[i] ^= 1 << (kBits - 1);
-}
-
 void decode(const uint8_t* planes, int bits, uint8_t* weights) {
+  // The next strip: each is a short run of bytes, over before the hardware reads ahead.
+  for (int line = 0; line < 2 * bits; ++line) __builtin_prefetch(planes + line * kLine + kAhead);
   switch (bits) {
-    case 2:
-      decode_plane<2, 0, 0>(planes, weights);
-      return flip_top<2>(weights);
+    case 2: return decode_plane<2, 0, 0, true>(planes, weights);
     case 3:
-      decode_plane<2, 0, 0>(planes, weights);
-      decode_plane<1, 16, 2>(planes, weights);
-      return flip_top<3>(weights);
-    case 4:  // the most frequent, in a single pass
-      for (size_t i = 0; i < 8 * kLine; ++i) {
-        const uint8_t byte = planes[i] ^ 0x88;
-        weights[i] = byte & 15;
-        weights[8 * kLine + i] = byte >> 4;
-      }
-      return;
+      decode_plane<2, 0, 0, false>(planes, weights);
+      return decode_plane<1, 16, 2, true>(planes, weights);
+    case 4: return decode_plane<4, 0, 0, true>(planes, weights);
     case 5:
-      decode_plane<4, 0, 0>(planes, weights);
-      decode_plane<1, 32, 4>(planes, weights);
-      return flip_top<5>(weights);
+      decode_plane<4, 0, 0, false>(planes, weights);
+      return decode_plane<1, 32, 4, true>(planes, weights);
     case 6:
-      decode_plane<4, 0, 0>(planes, weights);
-      decode_plane<2, 32, 4>(planes, weights);
-      return flip_top<6>(weights);
+      decode_plane<4, 0, 0, false>(planes, weights);
+      return decode_plane<2, 32, 4, true>(planes, weights);
     case 7:
-      decode_plane<4, 0, 0>(planes, weights);
-      decode_plane<2, 32, 4>(planes, weights);
-      decode_plane<1, 48, 6>(planes, weights);
-      return flip_top<7>(weights);
+      decode_plane<4, 0, 0, false>(planes, weights);
+      decode_plane<2, 32, 4, false>(planes, weights);
+      return decode_plane<1, 48, 6, true>(planes, weights);
   }
 }
 
@@ -154,6 +153,8 @@ void gather(const uint8_t* w, size_t row_step, size_t column_step, size_t rows, 
     const size_t left = rows > kQuad * q ? rows - kQuad * q : 0;
     if (left >= kQuad && columns == kPanel && column_step == 1) {
       const uint8_t *a = w, *b = a + row_step, *c = b + row_step, *d = c + row_step;
+      // Every row is a page of its own: nothing else reads ahead.
+      for (size_t i = 0; i < kQuad; ++i) __builtin_prefetch(w + (8 * kQuad + i) * row_step);
       for (size_t n = 0; n < kPanel; ++n) {
         panel[kQuad * n] = a[n] ^ flip;
         panel[kQuad * n + 1] = b[n] ^ flip;
@@ -185,20 +186,35 @@ void start(size_t count, size_t columns, int32_t offset, const int8_t* zero, con
     if (zero) {
       for (size_t c = 0; c < columns; ++c) acc[c] = row * static_cast<uint32_t>(offset + zero[c]);
     } else {
-      for (size_t c = 0; c < columns; ++c) acc[c] = row * static_cast<uint32_t>(offset);
+      for (size_t c = 0; c < kColumns; ++c) acc[c] = row * static_cast<uint32_t>(offset);
     }
   }
 }
 
 inline float real(uint32_t sum) { return static_cast<float>(static_cast<int32_t>(sum)); }
 
+// One row each; inlined, so that a constant number of columns is a constant of the loop.
+inline void scale_row(const uint32_t* __restrict acc, const float* __restrict scale, bool add,
+                      size_t columns, float* __restrict out) {
+  if (add) {
+    for (size_t c = 0; c < columns; ++c) out[c] += real(acc[c]) * scale[c];
+  } else {
+    for (size_t c = 0; c < columns; ++c) out[c] = real(acc[c]) * scale[c];
+  }
+}
+
+inline void finish_row(const uint32_t* __restrict acc, float row, const float* __restrict scale,
+                       size_t columns, float* __restrict out) {
+  for (size_t c = 0; c < columns; ++c) out[c] = real(acc[c]) * row * scale[c];
+}
+
 void scale(const uint32_t* acc, size_t count, size_t columns, const float* scale, bool add,
            float* out) {
   for (size_t i = 0; i < count; ++i, acc += kColumns, out += kColumns) {
-    if (add) {
-      for (size_t c = 0; c < columns; ++c) out[c] += real(acc[c]) * scale[c];
+    if (columns == kColumns) {
+      scale_row(acc, scale, add, kColumns, out);
     } else {
-      for (size_t c = 0; c < columns; ++c) out[c] = real(acc[c]) * scale[c];
+      scale_row(acc, scale, add, columns, out);
     }
   }
 }
@@ -206,7 +222,11 @@ void scale(const uint32_t* acc, size_t count, size_t columns, const float* scale
 void finish(const uint32_t* acc, size_t count, size_t columns, const float* row_scale,
             const float* scale, float* out, size_t pitch) {
   for (size_t i = 0; i < count; ++i, acc += kColumns, out += pitch) {
-    for (size_t c = 0; c < columns; ++c) out[c] = real(acc[c]) * row_scale[i] * scale[c];
+    if (columns == kColumns) {
+      finish_row(acc, row_scale[i], scale, kColumns, out);
+    } else {
+      finish_row(acc, row_scale[i], scale, columns, out);
+    }
   }
 }
 
@@ -231,8 +251,8 @@ void sum(const int8_t* codes, size_t k, size_t group, int32_t* sums) {
 }
 
 // What a path shares with the others; it adds its tile.
-#define JAXCOMPRESS_PATH(name, rows, tile) \
-  {name, rows, tile, quantize, decode, gather, start, scale, finish, join, sum}
+#define JAXCOMPRESS_PATH(name, rows, tile, tile4) \
+  {name, rows, tile, tile4, quantize, decode, gather, start, scale, finish, join, sum}
 
 }  // namespace
 }  // namespace jaxcompress

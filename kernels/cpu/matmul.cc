@@ -64,6 +64,9 @@ class Block {
     if (p_.bits == 8 && p_.layout == Layout::kPanels) {  // multiplied where they lie
       return multiply_strip(panel(0), p_.panel_bytes(), 0, p_.k);
     }
+    const bool whole_blocks = p_.group == p_.k || p_.group % kBlock == 0;
+    const bool few = p_.layout == Layout::kPanels && rows_ <= path_.rows;
+    if (p_.bits == 4 && few && whole_blocks && path_.tile4) return multiply_planes();
     for (size_t k = 0; k < p_.k; k += kStrip) {
       const size_t end = std::min(p_.k, k + kStrip);
       fetch(k, end);
@@ -113,6 +116,17 @@ class Block {
       }
       if (stop == group_end) finish(group);
       at = stop;
+    }
+  }
+
+  // All groups of a few rows, decoded on the way.
+  void multiply_planes() {
+    for (size_t at = 0; at < p_.k; at += p_.group) {
+      const size_t group = at / p_.group, size = std::min(p_.group, p_.k - at);
+      start(group);
+      path_.tile4({x_.codes + at, x_.stride}, rows_, panel(0) + at / 2 * kPanel, panels_,
+                  p_.panel_bytes(), (size + kBlock - 1) / kBlock, acc_);
+      finish(group);
     }
   }
 

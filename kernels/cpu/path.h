@@ -38,6 +38,11 @@ struct Path {
   void (*tile)(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pitch,
                size_t quads, uint32_t* acc);
 
+  // The same for codes of four bits, decoded in registers: `blocks` of 64 codes, as bit planes.
+  // For few rows, which wait for memory: a steady stream. Null where `decode` has to do.
+  void (*tile4)(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pitch,
+                size_t blocks, uint32_t* acc);
+
   // `digits` rows of codes for one row of floats; returns the row's scale.
   // One digit: codes = round(clip(x / scale, -high, high)), scale = max|x| / high, or the
   // given one if it is not null. More digits: x to 2^-28 of the row's largest magnitude.

@@ -26,7 +26,7 @@ void tile_of(Rows x, const uint8_t* weights, size_t pitch, size_t quads, uint32_
     for (int j = 0; j < kVectors; ++j) {
       const uint8_t* at = weights + j / 2 * pitch + j % 2 * 32;
       w[j] = Isa::weights(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-      if (kRows == 1) _mm_prefetch(reinterpret_cast<const char*>(at + 1024), _MM_HINT_T0);
+      if (kRows == 1) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {

@@ -5,6 +5,7 @@ one) or to four (a16: floats, exact to 2^-28 of the largest magnitude of a row);
 are exact integers, scaled by group.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,13 +34,13 @@ def quantized_matmul(
     group_size: int | None,
     high: int | None,
 ) -> jax.Array:
-    """`[b, m, n]` in float32 from `x[b, m, k]`.
+    """`[..., m, n]` in float32 from `x[..., m, k]`; everything else leads with the same axes.
 
     Args:
-      w: `[b, rows, n]` bytes, codes or bit planes along `k`; `[b, n, rows]` with
+      w: `[..., rows, n]` bytes, codes or bit planes along `k`; `[..., n, rows]` with
         `transpose_w`; or panels, of this many columns if `panels` is not None.
-      scale, zero_point: `[b, g, n]` (`[b, n, g]` with `transpose_w`), 1 where shared.
-      x_scale: `[b, 1, 1]`, a static scale of the activations; None for one of each row.
+      scale, zero_point: `[..., g, n]` (`[..., n, g]` with `transpose_w`), 1 where shared.
+      x_scale: `[..., 1, 1]`, a static scale of the activations; None for one of each row.
       otherwise: what an exported program does instead, of the operands that there are, with
         scales `[b, g, n]`.
       high: the largest code of an activation; None multiplies floats.
@@ -48,24 +49,30 @@ def quantized_matmul(
     groups = 1 if group_size is None or group_size >= k else -(-k // group_size)
     n = panels or (w.shape[-2] if transpose_w else w.shape[-1])
 
+    lead, b = x.shape[:-2], math.prod(x.shape[:-2])
+
+    def flat(a: jax.Array) -> jax.Array:
+        return a.reshape(b, *a.shape[len(lead) :])
+
     def columns(s: jax.Array) -> jax.Array:
         s = jnp.swapaxes(s, -1, -2) if transpose_w else s
-        return jnp.broadcast_to(s, (x.shape[0], groups, n))
+        return jnp.broadcast_to(flat(s), (b, groups, n))
 
     call = Call(
         integers=False,
         layout=PANELS if panels is not None else COLUMN_MAJOR if transpose_w else ROW_MAJOR,
         path=cpu.path(),
-        bits=bits,
+        bits=8 if panels is None and w.dtype == jnp.int8 else bits,
         group_size=group_size,
         digits=FLOAT_DIGITS if high is None else 1,
         high=high or 127,
         has_zero=zero_point is not None,
         has_x_scale=x_scale is not None,
     )
-    operands = [x.astype(jnp.float32), w, columns(scale.astype(jnp.float32))]
+    operands = [flat(x.astype(jnp.float32)), flat(w), columns(scale.astype(jnp.float32))]
     if zero_point is not None:
         operands.append(columns(zero_point))
     if x_scale is not None:
-        operands.append(jnp.broadcast_to(x_scale.astype(jnp.float32), (x.shape[0], 1, 1)))
-    return native_matmul(call, otherwise, *operands)
+        x_scale = jnp.broadcast_to(x_scale.astype(jnp.float32), (*lead, 1, 1))
+        operands.append(flat(x_scale))
+    return native_matmul(call, otherwise, *operands).reshape(*lead, x.shape[-2], n)

@@ -139,7 +139,12 @@ SCALE = np.ones((1, 4), np.float32)
         (ValueError, r"expected scale of the shape \(3, 4\)", (X, W, SCALE[[0, 0]]), dict(group_size=32)),
         (ValueError, "group_size must be positive", (X, W, SCALE), dict(group_size=-1)),
         (ValueError, r"expected zero_point of", (X, W, SCALE, np.int8(W)), {}),
-        (ValueError, "there are 'reference'", (X, W, SCALE), dict(implementation="xla")),
+        (
+            ValueError,
+            "there are 'cpu', 'xla', 'reference'",
+            (X, W, SCALE),
+            dict(implementation="fast"),
+        ),
     ],
 )
 def test_what_it_cannot_do_is_said(error, message, args, options):
