@@ -13,14 +13,14 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from jaxcompress._quax import ragged_dot_general_p
-from jaxcompress.arrays import QuantizedArray
+from jaxcompress.arrays import PrepackedArray, QuantizedArray
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import reshape
 from jaxcompress.arrays._uses import listener
 from jaxcompress.arrays._views import groups, transpose
-from jaxcompress.ops._linear import encode_activations, linear, plan
+from jaxcompress.ops._linear import Weight, encode_activations, linear, plan
 
-__all__ = ["convolution", "dot_general", "ragged_dot"]
+__all__ = ["convolution", "dot_general", "prepacked", "ragged_dot"]
 
 Result = jax.Array | str
 
@@ -66,10 +66,38 @@ def dot_general(
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, k)
     out = linear(rows, flat, transpose_w, dtype)
     out = out.reshape(*batch, *(x.shape[d] for d in x_free), *(w.shape[d] for d in w_free))
+    return _weight_first(out, len(batch), len(x_free)) if weight_first else out
+
+
+def prepacked(
+    x: jax.Array, w: PrepackedArray, dimension_numbers: Any, weight_first: bool, dtype: Any
+) -> jax.Array | None:
+    """`lax.dot_general` of exactly the product that `w` is packed for, else None."""
+    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     if weight_first:
-        b, f = len(batch), len(batch) + len(x_free)
-        out = lax.transpose(out, [*range(b), *range(f, out.ndim), *range(b, f)])
-    return out
+        (w_contract, x_contract), (w_batch, x_batch) = dimension_numbers
+    dense = jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
+    lead = range(len(w.lead))
+    if not dense or tuple(w_batch) != tuple(lead) or sorted(w_contract) != [*w.contracted_dims]:
+        return None
+    x_contract = [x_contract[list(w_contract).index(d)] for d in w.contracted_dims]
+    x_free = [d for d in range(x.ndim) if d not in x_contract and d not in x_batch]
+    free = [w.shape[d] for d in range(len(lead), w.ndim) if d not in w_contract]
+    batch = [w.shape[d] for d in lead]
+    one_batch = [math.prod(batch)] if batch else []
+    m = math.prod(x.shape[d] for d in x_free)
+    _note_product(w, w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
+    rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, w.k)
+    flat = jax.tree.map(lambda a: a.reshape(*one_batch, *a.shape[len(batch) :]), w)
+    out = linear(rows, flat, w.transpose_w, dtype)
+    out = out.reshape(*batch, *(x.shape[d] for d in x_free), *free)
+    return _weight_first(out, len(batch), len(x_free)) if weight_first else out
+
+
+def _weight_first(out: jax.Array, batch: int, x_free: int) -> jax.Array:
+    """The result with the axes of the weight before those of `x`."""
+    b, f = batch, batch + x_free
+    return lax.transpose(out, [*range(b), *range(f, out.ndim), *range(b, f)])
 
 
 def ragged_dot(
@@ -133,8 +161,8 @@ def _centred(x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, jax.Array]:
 
 
 def _note_product(
-    w: QuantizedArray,
-    flat: QuantizedArray,
+    w: Weight,
+    flat: Weight,
     primitive: Primitive,
     m: int,
     k: int,

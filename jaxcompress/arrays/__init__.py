@@ -6,6 +6,7 @@ from jaxcompress.arrays._block import BlockSparseArray
 from jaxcompress.arrays._fake_quant import FakeQuantArray
 from jaxcompress.arrays._formats import CodebookType, FloatType, OddType, TernaryType
 from jaxcompress.arrays._nm import NMSparseArray
+from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 
@@ -18,8 +19,9 @@ __all__ = [
     "FakeQuantArray",
     "FloatType",
     "IntType",
-    "OddType",
     "NMSparseArray",
+    "OddType",
+    "PrepackedArray",
     "QuantizedArray",
     "TernaryType",
     "is_compressed",

@@ -55,6 +55,10 @@ class CompressedArray(quax.ArrayValue):
         """
         return None
 
+    def stored(self) -> "CompressedArray":
+        """What files hold: this array, or the same values in the canonical order."""
+        return self
+
     def note(self, primitive: Primitive | str, op: str, implementation: str, why: str) -> None:
         """Tells `jaxcompress.explain` what becomes of this array."""
         here = listener()

@@ -73,6 +73,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         if name in record["leaves"]:
             raise ValueError(f"two leaves have the path {name!r}")
         if is_compressed(leaf):
+            leaf = leaf.stored()
             entry = describe(leaf)
             if leaf.path != name:
                 entry["path"] = leaf.path

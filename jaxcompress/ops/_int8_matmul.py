@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
+from jaxcompress.ops._cpu import cpu_refuses
 
 __all__ = ["MAX_K", "int8_matmul"]
 
@@ -47,8 +48,8 @@ def int8_matmul(
       group_size: the neighbouring `k` that share a scale; it need not divide `k`.
       transpose_w: whether `w` comes as `[n, k]`; `w_scale` is `[..., g, n]` all the same.
       dtype: of the scaled result.
-      implementation: "xla" (uint8 x int8 on the CPU), "reference", or None for the
-        first that does the shape on the platform.
+      implementation: "cpu" (the native kernels), "xla" (uint8 x int8 on the CPU),
+        "reference", or None for the first that does the shape on the platform.
 
     Returns:
       `[..., m, n]`: exact int32 without scales, of `dtype` with them.
@@ -73,13 +74,9 @@ def int8_matmul(
     check_scales({"w_scale": w_scale, "w_zero_point": w_zero_point}, w.shape[:-2], k, n, group_size)
     if group_size is not None and w_scale is None:
         raise ValueError("group_size needs a w_scale of shape [..., g, n]")
-    longest, limit = min(k, group_size or k), MAX_K
-    if w_zero_point is not None:
-        limit = MAX_K_ZERO_POINT
-        if w_zero_point.dtype != jnp.int8:
-            raise TypeError(f"int8_matmul takes int8; w_zero_point is {w_zero_point.dtype}")
-    if longest > limit:
-        raise ValueError(f"int8_matmul sums at most {limit} products exactly; got k = {longest}")
+    if w_zero_point is not None and w_zero_point.dtype != jnp.int8:
+        raise TypeError(f"int8_matmul takes int8; w_zero_point is {w_zero_point.dtype}")
+    check_sums(min(k, group_size or k), w_zero_point is not None)
     if w.ndim == 2:  # one product of all rows
         rows = math.prod(lead) * m
         x, w = x.reshape(1, rows, k), w[None]
@@ -130,6 +127,13 @@ def check_scales(
                 f"got {scale.shape}"
             )
     return groups
+
+
+def check_sums(longest: int, has_zero: bool) -> None:
+    """Raises if a sum of so many products may leave int32."""
+    limit = MAX_K_ZERO_POINT if has_zero else MAX_K
+    if longest > limit:
+        raise ValueError(f"int8_matmul sums at most {limit} products exactly; got k = {longest}")
 
 
 def product(
@@ -187,6 +191,11 @@ def scaled_sums(
 
 @functools.cache
 def _table(transpose_w: bool) -> tuple[Implementation, ...]:
+    def cpu(x, w):
+        from jaxcompress.kernels.int8_matmul import cpu as kernel
+
+        return kernel.int8_matmul(x, w, transpose_w=transpose_w)
+
     def xla(x, w):
         from jaxcompress.kernels.int8_matmul import xla as kernel
 
@@ -198,6 +207,7 @@ def _table(transpose_w: bool) -> tuple[Implementation, ...]:
         return lax.dot_general(x, w, (contract, (batch, batch)), preferred_element_type=jnp.int32)
 
     return (
+        Implementation("cpu", "native uint8 x int8 -> int32", cpu, cpu_refuses),
         Implementation("xla", "uint8 x int8 -> int32 by XLA", xla, _xla_refuses),
         Implementation("reference", "int8 x int8 -> int32 by lax.dot_general", reference),
     )

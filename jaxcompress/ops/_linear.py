@@ -13,65 +13,92 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._rounding import encode, range_scale, scale_of
 from jaxcompress.ops import _int8_matmul, _quantized_matmul
-from jaxcompress.ops._choice import Choice, Implementation, Problem, choose
+from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
+from jaxcompress.ops._cpu import cpu_refuses, needs_packing
 from jaxcompress.ops._gradients import quantized_gradient_dot
-from jaxcompress.ops._int8_matmul import int8_matmul, scaled_sums
-from jaxcompress.ops._quantized_matmul import float_dot, quantized_matmul, scaled_dot
+from jaxcompress.ops._int8_matmul import check_sums, int8_matmul, scaled_sums
+from jaxcompress.ops._quantized_matmul import (
+    batched,
+    decode,
+    float_dot,
+    multiply_panels,
+    quantized_matmul,
+    scaled_dot,
+)
 
 __all__ = ["linear", "plan"]
 
+Weight = QuantizedArray | PrepackedArray
 
-def linear(x: jax.Array, w: QuantizedArray, transpose_w: bool, dtype: Any) -> jax.Array:
+
+def linear(x: jax.Array, w: Weight, transpose_w: bool, dtype: Any) -> jax.Array:
     """`x[..., m, k] @ w[..., k, n]` (`[..., n, k]` with `transpose_w`), as `dtype`.
 
     The scales of `w` are shared along `n` never, along `k` always or by groups; leading
     dimensions of both are the same.
     """
-    static = _Static(w.act, _group_size(w, transpose_w), transpose_w, w.qtype.bits)
-    scales = (w.scale, w.zero_point, w.act_scale, w.act_offset)
+    panels = w.n if isinstance(w, PrepackedArray) else None
+    static = _Static(w.act, _group_size(w, transpose_w), transpose_w, _bits(w), panels)
+    offset = None if isinstance(w, PrepackedArray) else w.act_offset
+    scales = (w.scale, w.zero_point, w.act_scale, offset)
+    if isinstance(w, PrepackedArray) or isinstance(w.qtype, IntType):
+        values = w.values
+    else:
+        values = w.numbers()
     if _floats(w) is not None:
-        return _simulate(static, x, w.numbers(), *scales).astype(dtype)
+        return _simulate(static, x, values, *scales).astype(dtype)
     if w.act is not None:
-        return _int_linear(static, x, w.numbers(), *scales).astype(dtype)
-    return quantized_matmul(
+        return _int_linear(static, x, values, *scales).astype(dtype)
+    if panels is None:
+        multiply = functools.partial(quantized_matmul, transpose_w=transpose_w)
+    else:
+        multiply = functools.partial(multiply_panels, n=panels, transpose_w=transpose_w)
+    return multiply(
         x,
         w.values if isinstance(w.qtype, IntType) else w.numbers(),
         w.scale,
         w.zero_point,
         bits=_bits(w),
         group_size=static.group_size,
-        transpose_w=transpose_w,
         dtype=dtype,
     )
 
 
-def plan(
-    w: QuantizedArray, m: int, k: int, n: int, dtype: str, platform: str
-) -> tuple[str, Choice]:
+def plan(w: Weight, m: int, k: int, n: int, dtype: str, platform: str) -> tuple[str, Choice]:
     """The op that `linear` calls, and its implementation on `platform`."""
-    group = max(w.group_size) if w.group_size else None
     floats = _floats(w)
     if floats is not None:
         how = Implementation("reference", floats[1], _simulate)
         return floats[0], Choice(how, how.does)
+    if isinstance(w, PrepackedArray):
+        group = w.group_size
+    else:
+        group = max(w.group_size) if w.group_size else None
     problem = Problem(m=m, k=k, n=n, bits=_bits(w), group_size=group, dtype=dtype)
     if w.act is None:
-        return "quantized_matmul", choose(_quantized_matmul.table(), problem, platform)
-    if group:
-        problem = dataclasses.replace(problem, k=min(group, k))
-    return "int8_matmul", choose(_int8_matmul.table(), problem, platform)
+        op, table = "quantized_matmul", _quantized_matmul.table()
+    else:
+        op, table = "int8_matmul", _table(_Static(w.act, group, False, _bits(w)))
+    choice = choose(table, problem, platform)
+    if isinstance(w, PrepackedArray):
+        if choice.implementation.name != "cpu":
+            choice = choice._replace(why=f"{choice.why}; put back from the CPU kernels' order")
+    elif choice.implementation.name == "cpu":
+        choice = choice._replace(why=needs_packing(choice.why))
+    return op, choice
 
 
-def _bits(w: QuantizedArray) -> int:
+def _bits(w: Weight) -> int:
     """Of a code that `quantized_matmul` gets: other numbers than integers come decoded."""
     return w.qtype.bits if isinstance(w.qtype, IntType) else 8
 
 
-def _floats(w: QuantizedArray) -> tuple[str, str] | None:
+def _floats(w: Weight) -> tuple[str, str] | None:
     """The op and the reason where a product runs on floats, None where on integers."""
     if jnp.issubdtype(w.values.dtype, jnp.floating):
         return "simulated", "rounded floats, with gradients"
@@ -88,9 +115,13 @@ class _Static:
     group_size: int | None
     transpose_w: bool
     bits: int
+    panels: int | None = None
 
 
-def _group_size(w: QuantizedArray, transpose_w: bool) -> int | None:
+def _group_size(w: Weight, transpose_w: bool) -> int | None:
+    if isinstance(w, PrepackedArray):
+        size = w.group_size
+        return None if size is None or size >= w.k else size
     along = -1 if transpose_w else -2
     if w.group_size is None or along not in w.axis:
         return None
@@ -188,19 +219,96 @@ def _simulate(static, x, codes, scale, zero, act_scale, act_offset):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _int_linear(static, x, codes, scale, zero, act_scale, act_offset):
+def _int_linear(static, x, values, scale, zero, act_scale, act_offset):
+    k = x.shape[-1]
+    check_sums(min(k, static.group_size or k), zero is not None)
+    problem = Problem(
+        m=x.shape[-2],
+        k=k,
+        n=static.panels or values.shape[-2 if static.transpose_w else -1],
+        bits=static.bits,
+        group_size=static.group_size,
+        dtype=x.dtype.name,
+    )
+    return dispatch(_table(static), problem, None, x, values, scale, zero, act_scale, act_offset)
+
+
+def _table(static: _Static) -> tuple[Implementation, ...]:
+    """Rows quantized and multiplied in one native call, else in two steps by `int8_matmul`."""
+
+    def refuses(problem: Problem, platform: str) -> str | None:
+        assert static.act is not None
+        if not static.act.qtype.symmetric:
+            return "its rows are quantized symmetrically"
+        return cpu_refuses(problem, platform)
+
+    does = "native: rows quantized inside, uint8 x int8 -> int32"
+    steps = [
+        Implementation(i.name, i.does, functools.partial(_in_steps, static, i.name), i.refuses)
+        for i in _int8_matmul.table()
+        if i.name != "cpu"
+    ]
+    return (Implementation("cpu", does, functools.partial(_cpu, static), refuses), *steps)
+
+
+def _in_steps(static, implementation, x, values, scale, zero, act_scale, act_offset):
     columns = jnp.swapaxes(scale, -1, -2) if static.transpose_w else scale
     zeros = jnp.swapaxes(zero, -1, -2) if static.transpose_w and zero is not None else zero
     product = lambda x_codes, x_scale: int8_matmul(
         x_codes.astype(jnp.int8),
-        codes,
+        decode(values, static.bits, x.shape[-1], static.transpose_w, static.panels),
         x_scale=x_scale,
         w_scale=columns,
         w_zero_point=zeros,
         group_size=static.group_size,
         transpose_w=static.transpose_w,
+        implementation=implementation,
     )
     return _rows(product, static, x, act_scale, act_offset)
+
+
+def _cpu(static, x, values, scale, zero, act_scale, act_offset):
+    from jaxcompress.kernels.quantized_matmul import cpu as kernel
+
+    x_scale = act_scale
+    if not (static.act.static or static.act.per_token):
+        x_scale = encode_activations(x, static.act, None)[1]
+    lead = x.shape[:-1]
+    if x.ndim == 2:
+        x, values, scale, zero = batched(x, values, scale, zero)
+    if x_scale is not None and x_scale.size == 1:
+        x_scale = x_scale.reshape((1,) * x.ndim)
+    out = kernel.quantized_matmul(
+        x,
+        values,
+        scale,
+        zero,
+        x_scale,
+        otherwise=_cpu_by_xla(static, zero is not None),
+        panels=static.panels,
+        transpose_w=static.transpose_w,
+        bits=static.bits,
+        group_size=static.group_size,
+        high=static.act.qtype.high,
+    )
+    return out.reshape(*lead, out.shape[-1])
+
+
+@functools.cache
+def _cpu_by_xla(static, has_zero):
+    """What an exported program does for the native call, with scales `[b, g, n]`."""
+    turn = lambda s: jnp.swapaxes(s, -1, -2) if static.transpose_w else s
+
+    def run(x, values, scale, *rest):
+        zero = turn(rest[0]) if has_zero else None
+        x_scale = rest[-1] if len(rest) > has_zero else None
+        given = static
+        if x_scale is not None:
+            act = dataclasses.replace(static.act, per_token=False, static=True)
+            given = dataclasses.replace(static, act=act)
+        return _in_steps(given, "xla", x, values, turn(scale), zero, x_scale, None)
+
+    return run
 
 
 def _int_forward(static, *args):
@@ -209,7 +317,8 @@ def _int_forward(static, *args):
 
 def _int_backward(static, residuals, g):
     """Straight through the rounding of the activations, as in training."""
-    x, codes, scale, zero, act_scale, act_offset = residuals
+    x, values, scale, zero, act_scale, act_offset = residuals
+    codes = decode(values, static.bits, x.shape[-1], static.transpose_w, static.panels)
     run = lambda x, scale, act_scale, act_offset: _simulate(
         static, x, codes.astype(jnp.float32), scale, zero, act_scale, act_offset
     )
