@@ -163,11 +163,11 @@ def _product(primitive: Primitive, operands: list, which: int, run: Callable, pa
 
 
 def _dot_general(operands: list, which: int, params: dict) -> Any:
-    w: Any = operands[which]
+    w: CompressedArray = operands[which]
     x = operands[1 - which]
     dtype = params["preferred_element_type"] or x.dtype
     # Those that have a product of their own, for the form that they are stored in.
-    products: dict[type, Callable] = {
+    products: dict[type[CompressedArray], Callable] = {
         BlockSparseArray: block_sparse,
         PrepackedArray: _products.prepacked,
     }
