@@ -1,6 +1,6 @@
 """What does a teacher know that the labels do not say? Hinton's table, on the digits at hand.
 
-    python experiments/kd_digits.py                  # five seeds, about ten minutes
+    python experiments/kd_digits.py                  # five seeds, about six minutes
     python experiments/kd_digits.py --quick          # one seed, one epoch: does it run?
     python experiments/kd_digits.py --mnist FOLDER   # the real MNIST, from its four files
 

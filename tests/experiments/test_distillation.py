@@ -107,3 +107,16 @@ def test_goal_of_user_behaviour():
     for score in ("auc", "recall", "f1"):
         assert small[score] > large[score] - 0.01
     assert len(record["environment"]["seeds"]) == 5
+
+
+def test_goal_of_kd_digits():
+    """At least half of the student's gap closed, and a digit known that was never seen."""
+    record = json.loads((ROOT / "experiments/results/kd_digits.json").read_text())
+    by_name = {row["name"]: row for row in record["rows"]}
+    gap = by_name["alone"]["errors"] - by_name["teacher"]["errors"]
+    best = min(row["errors"] for row in record["rows"] if row["name"].startswith("T ="))
+    assert gap > 0
+    assert record["closed"] == pytest.approx((by_name["alone"]["errors"] - best) / gap)
+    assert record["closed"] >= 0.5
+    assert best < by_name["smoothed labels"]["errors"]
+    assert len(by_name["alone"]["errors_each"]) == 5
