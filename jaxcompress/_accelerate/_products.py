@@ -61,7 +61,7 @@ def dot_general(
     flat = reshape(turned, [*one_batch, *((n, k) if transpose_w else (k, n))])
     if flat is None:
         return "its scales do not follow the axes that the product merges"
-    _note_product(w, flat, lax.dot_general_p, m, k, n, x.dtype.name)
+    _note_product(w, flat, transpose_w, lax.dot_general_p, m, k, n, x.dtype.name)
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, k)
     out = linear(rows, flat, transpose_w, dtype)
     out = out.reshape(*batch, *(x.shape[d] for d in x_free), *(w.shape[d] for d in w_free))
@@ -83,7 +83,9 @@ def ragged_dot(
     if w.scale.shape[1] != 1 or w.zero_point is not None:
         return "groups or zero points in a ragged product"
     m, (_, k, n) = x.shape[0], w.shape
-    _note_product(w, w, ragged_dot_general_p, m, k, n, x.dtype.name, "integers as floats")
+    _note_product(
+        w, w, False, ragged_dot_general_p, m, k, n, x.dtype.name, "integers as floats"
+    )
     x_scale = None
     if w.act is not None:
         x, x_scale = encode_activations(x, w.act, _first(w.act_scale))
@@ -133,6 +135,7 @@ def _first(act_scale: jax.Array | None) -> jax.Array | None:
 def _note_product(
     w: QuantizedArray,
     flat: QuantizedArray,
+    transpose_w: bool,
     primitive: Primitive,
     m: int,
     k: int,
@@ -146,7 +149,7 @@ def _note_product(
     if instead:
         w.note(primitive, primitive.name, "reference", instead)
     else:
-        op, (implementation, why) = plan(flat, m, k, n, dtype, here.platform)
+        op, (implementation, why) = plan(flat, transpose_w, m, k, n, dtype, here.platform)
         w.note(primitive, op, implementation.name, why)
 
 

@@ -47,18 +47,25 @@ def linear(x: jax.Array, w: QuantizedArray, transpose_w: bool, dtype: Any) -> ja
 
 
 def plan(
-    w: QuantizedArray, m: int, k: int, n: int, dtype: str, platform: str
+    w: QuantizedArray, transpose_w: bool, m: int, k: int, n: int, dtype: str, platform: str
 ) -> tuple[str, Choice]:
     """The op that `linear` calls, and its implementation on `platform`."""
     group = max(w.group_size) if w.group_size else None
     if jnp.issubdtype(w.values.dtype, jnp.floating):
         how = Implementation("reference", "rounded floats, with gradients", _simulate)
         return "simulated", Choice(how, how.does)
-    problem = Problem(m=m, k=k, n=n, bits=w.qtype.bits, group_size=group, dtype=dtype)
+    problem = Problem(
+        m=m,
+        k=k,
+        n=n,
+        bits=w.qtype.bits,
+        group_size=group,
+        dtype=dtype,
+        packed=w.packed is not None,
+        transpose_w=transpose_w,
+    )
     if w.act is None:
         return "quantized_matmul", choose(_quantized_matmul.table(), problem, platform)
-    if group:
-        problem = dataclasses.replace(problem, k=min(group, k))
     return "int8_matmul", choose(_int8_matmul.table(), problem, platform)
 
 

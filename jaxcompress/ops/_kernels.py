@@ -1,0 +1,124 @@
+"""What every kernel of a device needs around it: which chip, `vmap`, and sharding.
+
+A kernel takes arrays of three dimensions, a batch first. Letters name them: `b m k` for
+activations, `b k n` for weights, `b m n` for the result.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+__all__ = ["call_kernel", "chip", "no_pallas_tpu", "no_triton"]
+
+_RESULT = "bmn"
+
+
+@functools.cache
+def chip(platform: str) -> str | None:
+    """The TPU's kind or the GPU's compute capability; None if this process has none."""
+    backend = "tpu" if platform == "tpu" else "gpu"
+    if jax.default_backend() != backend:
+        return None
+    device = jax.devices()[0]
+    if platform == "tpu":
+        return device.device_kind
+    is_amd = device.compute_capability.startswith("gfx")
+    return device.compute_capability.split(":")[0] if is_amd == (platform == "rocm") else None
+
+
+def no_pallas_tpu(platform: str) -> str | None:
+    """Why Pallas' kernels for TPUs cannot run there."""
+    return None if platform == "tpu" else "it is for TPUs"
+
+
+def no_triton(platform: str) -> str | None:
+    """Why Triton's kernels cannot run there."""
+    if platform not in ("cuda", "rocm"):
+        return "it is for GPUs"
+    if not _has_jax_triton():
+        return "jax_triton is not installed"
+    if chip(platform) is None:
+        return "it is compiled for the GPU at hand, and there is none"
+    return None
+
+
+@functools.cache
+def _has_jax_triton() -> bool:
+    return importlib.util.find_spec("jax_triton") is not None
+
+
+def call_kernel(
+    kernel: Callable[..., jax.Array], letters: Sequence[str], *operands: jax.Array | None
+) -> jax.Array:
+    """`kernel(*operands)`, which `vmap` turns into more rows or a larger batch.
+
+    Over several devices, each has its rows and columns; `k` is gathered.
+    """
+    there = [i for i, operand in enumerate(operands) if operand is not None]
+    names = [letters[i] for i in there]
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        given = dict(zip(there, arrays))
+        return kernel(*(given.get(i) for i in range(len(operands))))
+
+    mapped = custom_vmap(_partitioned(run, names))
+
+    @mapped.def_vmap
+    def rule(size, is_batched, *arrays):
+        spread = [
+            a if batched else jnp.broadcast_to(a, (size, *a.shape))
+            for a, batched in zip(arrays, is_batched)
+        ]
+        b, m = arrays[0].shape[-3:-1]
+        per_weight = any(batched for batched, name in zip(is_batched, names) if "m" not in name)
+        if b == 1 and not per_weight:  # one weight for all: more rows
+            rows = [
+                s.reshape(1, size * m, s.shape[-1]) if "m" in name else a
+                for s, a, name in zip(spread, arrays, names)
+            ]
+            out = call_kernel(run, names, *rows)
+        else:
+            out = call_kernel(run, names, *(s.reshape(-1, *s.shape[2:]) for s in spread))
+        return out.reshape(size, b, m, out.shape[-1]), True
+
+    return mapped(*(operands[i] for i in there))
+
+
+def _partitioned(run: Callable[..., jax.Array], names: Sequence[str]) -> Callable[..., jax.Array]:
+    """`run`, which XLA may cut along `b`, `m` and `n`."""
+    call = custom_partitioning(run)
+
+    def partition(mesh, operands, result):
+        axes = dict(zip(_RESULT, _spec(result.sharding)))
+        place = lambda name: NamedSharding(mesh, P(*(axes.get(letter) for letter in name)))
+        return mesh, run, place(_RESULT), tuple(place(name) for name in names)
+
+    def infer(mesh, operands, result):
+        axes = {}
+        for name, operand in zip(names, operands):
+            for letter, axis in zip(name, _spec(operand.sharding)):
+                if axis is not None and axis not in axes.values():
+                    axes.setdefault(letter, axis)
+        return NamedSharding(mesh, P(*(axes.get(letter) for letter in _RESULT)))
+
+    every = sorted(set("".join(names)) - set(_RESULT) - {"1"})
+    words = [" ".join(f"one{i}" if c == "1" else c for c in name) for i, name in enumerate(names)]
+    call.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"{', '.join(words)} -> {' '.join(_RESULT)}",
+        need_replication_factors=tuple(every),
+    )
+    return call
+
+
+def _spec(sharding):
+    """The mesh axes of the three dimensions."""
+    return (*sharding.spec, None, None, None)[:3]

@@ -1,0 +1,184 @@
+"""Float activations times integer weights that are unpacked in the registers of a TPU.
+
+The weight travels from memory as it is stored, eight bits or fewer a code. A block of it
+is cut into codes by shifts and masks, becomes floats, and goes to the matrix unit. Bit
+planes are stored in runs of 8, 16 or 32 rows, which is what makes this cheap: put behind
+each other, they fill whole vector registers of 8 rows.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+__all__ = ["BLOCKS", "blocks", "quantized_matmul"]
+
+# (block_m, block_n, block_k) by `device_kind`. block_k is a multiple of 256, so that the
+# packed rows of any width fill tiles of 32. Few rows of activations read every weight
+# once, whatever the block; many want block_m large, as each block of rows decodes the
+# weight again. Chosen by what fits; no device has measured them.
+BLOCKS = {
+    "TPU v5 lite": (512, 512, 1024),
+    "TPU v5": (512, 512, 1024),
+    "TPU v6 lite": (1024, 512, 1024),
+    "TPU7x": (512, 512, 1024),
+}
+DEFAULT = (256, 512, 512)
+_VMEM = 64 * 2**20  # what a kernel may take; the compiler refuses more than the chip has
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+_PACKED = 64  # codes in a block of bit planes
+
+
+def blocks(
+    m: int, n: int, k: int, group_size: int | None = None, chip: str | None = None
+) -> tuple[int, int, int]:
+    """The blocks for a product of this size: a function of shape and chip alone."""
+    block_m, block_n, block_k = BLOCKS.get(chip or "", DEFAULT)
+    unit = math.lcm(_PACKED, min(group_size or 1, block_k))
+    if k <= block_k:
+        block_k = -(-k // unit) * unit
+    else:  # one that divides `k` needs no padding
+        fits = [c for c in range(block_k, 255, -256) if k % c == 0 and c % unit == 0]
+        block_k = fits[0] if fits else block_k
+    return min(m, block_m), min(n, block_n), block_k
+
+
+def quantized_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    *,
+    bits: int = 8,
+    group_size: int | None = None,
+    transpose_w: bool = False,
+    dtype: Any = None,
+    chip: str | None = None,
+    block: tuple[int, int, int] | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """`x @ ((w - zero_point) * scale)`, summed in float32.
+
+    `x[b, m, k]` is float32 or bfloat16. `w` is int8 `[b, k, n]` (`[b, n, k]` with
+    `transpose_w`), or uint8 bit planes along `k`; `scale` and `zero_point` are
+    `[b, g, n]`. A group is a power of two of at least 32.
+    """
+    b, m, k = x.shape
+    n = w.shape[1 if transpose_w else 2]
+    out = jax.ShapeDtypeStruct((b, m, n), dtype or x.dtype, manual_axis_type=_varying(x, w))
+    if 0 in (b, m, n, k):
+        return jnp.zeros(out.shape, out.dtype)
+    group = group_size if group_size is not None and group_size < k else None
+    stored = 8 if w.dtype == jnp.int8 else bits
+    block_m, block_n, block_k = block or blocks(m, n, k, group, chip)
+    # Zeros in x beyond k: whatever stands in the weight there counts nothing.
+    whole = -(-k // block_k) * block_k
+    along = 2 if transpose_w else 1
+    x = _pad(x, 2, whole)
+    w = _pad(w, along, whole * stored // 8)
+    scale = scale.astype(jnp.float32)
+    if group:
+        scale = _pad(scale, 1, -(-whole // group))
+    operands, groups = [x, w, scale], scale.shape[1]
+    column = pl.BlockSpec((None, groups, block_n), lambda b, i, j, k: (b, 0, j))
+    rows = block_k * stored // 8
+    specs = [
+        pl.BlockSpec((None, block_m, block_k), lambda b, i, j, k: (b, i, k)),
+        pl.BlockSpec((None, block_n, block_k), lambda b, i, j, k: (b, j, k))
+        if transpose_w
+        else pl.BlockSpec((None, rows, block_n), lambda b, i, j, k: (b, k, j)),
+        column,
+    ]
+    if zero_point is not None:
+        operands.append(_pad(zero_point.astype(jnp.float32), 1, groups))
+        specs.append(column)
+    return pl.pallas_call(
+        functools.partial(_kernel, stored, group, transpose_w, block_k),
+        grid=(b, pl.cdiv(m, block_m), pl.cdiv(n, block_n), whole // block_k),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((None, block_m, block_n), lambda b, i, j, k: (b, i, j)),
+        out_shape=out,
+        scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM,
+        ),
+        interpret=interpret,
+        name="quantized_matmul",
+    )(*operands)
+
+
+def _kernel(bits, group, transpose_w, block_k, x_ref, w_ref, scale_ref, *refs):
+    *zero_ref, out_ref, sums_ref = refs
+    step, steps = pl.program_id(3), pl.num_programs(3)
+
+    @pl.when(step == 0)
+    def _():
+        sums_ref[...] = jnp.zeros_like(sums_ref)
+
+    x = x_ref[...]
+    codes = w_ref[...].astype(jnp.int32) if bits == 8 else _unpack(w_ref[...], bits)
+    weight = codes.astype(jnp.float32)
+    if transpose_w:
+        weight = weight.T
+    first = step * block_k // group if group else 0
+    spread = functools.partial(_spread, first=first, group=group, block_k=block_k)
+    if zero_ref:
+        weight = weight - spread(zero_ref[0])
+    if group:
+        weight = weight * spread(scale_ref)
+    # A float32 product is made of bfloat16 ones; HIGHEST makes as many as it takes.
+    precise = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    sums_ref[...] += jnp.dot(
+        x, weight.astype(x.dtype), precision=precise, preferred_element_type=jnp.float32
+    )
+
+    @pl.when(step == steps - 1)
+    def _():
+        sums = sums_ref[...]
+        out_ref[...] = (sums if group else sums * scale_ref[...]).astype(out_ref.dtype)
+
+
+def _spread(ref, *, first, group, block_k):
+    """What each row of a block of the weight has to do with: `[1 or block_k, n]`."""
+    if group is None:
+        return ref[...]
+    rows = ref[pl.ds(first, max(1, block_k // group)), :]
+    if rows.shape[0] == 1:
+        return rows
+    each = (rows.shape[0], block_k // rows.shape[0], rows.shape[1])
+    return jnp.broadcast_to(rows[:, None, :], each).reshape(block_k, rows.shape[1])
+
+
+def _unpack(packed, bits):
+    """The int32 codes `[64 c, n]` of the bit planes `[8 bits c, n]`."""
+    words = packed.astype(jnp.int32)
+    words = words.reshape(-1, 8 * bits, words.shape[1])
+    codes, start = None, 0
+    for width in _PLANES[bits]:
+        plane = words[:, 8 * start : 8 * (start + width), :]
+        parts = [(plane >> (width * i)) & ((1 << width) - 1) for i in range(8 // width)]
+        part = jnp.concatenate(parts, 1) << start
+        codes, start = part if codes is None else codes | part, start + width
+    signed = (codes << (32 - bits)) >> (32 - bits)
+    return signed.reshape(-1, signed.shape[2])
+
+
+def _pad(a, axis, size):
+    """Zeros behind `a` along `axis`, up to `size`."""
+    if a.shape[axis] == size:
+        return a
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, size - a.shape[axis])
+    return jnp.pad(a, widths)
+
+
+def _varying(*operands):
+    """Within `shard_map`, the axes of the mesh over which any operand varies."""
+    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
+    return jax.sharding.ManualAxisType(varying=axes)

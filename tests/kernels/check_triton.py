@@ -1,0 +1,42 @@
+"""The kernels for GPUs in Triton's interpreter; run with TRITON_INTERPRET=1.
+
+Not part of the tests proper, which need no Triton: `tests/kernels/run.py` runs it.
+"""
+
+import numpy as np
+import pytest
+
+from int8_matmul_suite import Int8MatmulSuite
+from jaxcompress.kernels.int8_matmul import triton as int8_kernel
+from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
+from quantized_matmul_suite import QuantizedMatmulSuite
+from triton_on_numpy import triton_call
+
+
+def interpreted(kernel, arrays, options):
+    options = {name: value for name, value in options.items() if value is not None}
+    return np.asarray(kernel(*arrays, interpret=triton_call, **options))
+
+
+class TestInt8Matmul(Int8MatmulSuite):
+    def run(self, *arrays, **options):
+        return interpreted(int8_kernel.int8_matmul, arrays, options)
+
+    def block(self, m, n, k):
+        return int8_kernel.Blocks(64, 128, 256 if k < 2000 else 4096, 4, 2)
+
+
+class TestQuantizedMatmul(QuantizedMatmulSuite):
+    def run(self, *arrays, **options):
+        return interpreted(quantized_kernel.quantized_matmul, arrays, options)
+
+    def block(self, m, n, k):
+        return None  # by the table: which steps it may take depends on the groups
+
+
+@pytest.mark.parametrize("chip", [None, *quantized_kernel.BLOCKS])
+@pytest.mark.parametrize("m", [1, 16, 17, 4096])
+@pytest.mark.parametrize("group", [None, 32, 64, 128, 1024])
+def test_a_step_lies_within_a_group(chip, m, group):
+    tile = quantized_kernel.blocks(m, 4096, 4096, group, chip)
+    assert group is None or group % tile.k == 0
