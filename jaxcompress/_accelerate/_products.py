@@ -83,9 +83,7 @@ def ragged_dot(
     if w.scale.shape[1] != 1 or w.zero_point is not None:
         return "groups or zero points in a ragged product"
     m, (_, k, n) = x.shape[0], w.shape
-    _note_product(
-        w, w, False, ragged_dot_general_p, m, k, n, x.dtype.name, "integers as floats"
-    )
+    _note_product(w, w, False, ragged_dot_general_p, m, k, n, x.dtype.name, "integers as floats")
     x_scale = None
     if w.act is not None:
         x, x_scale = encode_activations(x, w.act, _first(w.act_scale))

@@ -27,6 +27,7 @@ BLOCKS = {
     "TPU7x": (512, 1024, 512),
 }
 DEFAULT = (512, 512, 512)
+_STRIP = 256  # rows that the program spells out; a taller block is a loop over such strips
 _VMEM = 96 * 2**20  # what a kernel may take; the compiler refuses more than the chip has
 
 
@@ -36,7 +37,8 @@ def blocks(m: int, n: int, k: int, chip: str | None = None) -> tuple[int, int, i
     # A block may be the whole of a dimension, whatever its size; and one that divides `k`
     # needs no mask.
     whole = [c for c in range(block_k, 127, -128) if k % c == 0]
-    return min(m, block_m), min(n, block_n), min(k, whole[0] if whole else block_k)
+    strips = m if m <= _STRIP else -(-m // _STRIP) * _STRIP
+    return min(strips, block_m), min(n, block_n), min(k, whole[0] if whole else block_k)
 
 
 def int8_matmul(
@@ -107,29 +109,36 @@ def _kernel(names, transpose_w, k_size, *refs):
     *inputs, out, sums = refs
     ref = dict(zip(names, inputs))
     step, steps = pl.program_id(3), pl.num_programs(3)
+    block_m, block_k = ref["x"].shape
+    strip = _STRIP if block_m % _STRIP == 0 else block_m
 
-    @pl.when(step == 0)
-    def _():
-        sums[...] = jnp.zeros_like(sums)
+    @pl.loop(0, block_m // strip)
+    def _(i):
+        rows = pl.ds(pl.multiple_of(i * strip, strip), strip)
 
-    x = ref["x"][...]
-    if k_size % x.shape[1]:
-        column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        x = jnp.where(column < k_size - step * x.shape[1], x, 0)
-    contract = ((1,), (1 if transpose_w else 0,))
-    sums[...] += lax.dot_general(
-        x, ref["w"][...], (contract, ((), ())), preferred_element_type=jnp.int32
-    )
+        @pl.when(step == 0)
+        def _():
+            sums[rows, :] = jnp.zeros((strip, sums.shape[1]), sums.dtype)
 
-    @pl.when(step == steps - 1)
-    def _():
-        result = sums[...]
-        if "zero" in ref:
-            result = result - ref["sums"][...] * ref["zero"][...]
-        for name in ("x_scale", "w_scale"):
-            if name in ref:
-                result = result.astype(jnp.float32) * ref[name][...]
-        out[...] = result.astype(out.dtype)
+        x = ref["x"][rows, :]
+        if k_size % block_k:
+            column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+            x = jnp.where(column < k_size - step * block_k, x, 0)
+        contract = ((1,), (1 if transpose_w else 0,))
+        sums[rows, :] += lax.dot_general(
+            x, ref["w"][...], (contract, ((), ())), preferred_element_type=jnp.int32
+        )
+
+        @pl.when(step == steps - 1)
+        def _():
+            result = sums[rows, :]
+            if "zero" in ref:
+                result = result - ref["sums"][rows, :] * ref["zero"][...]
+            if "x_scale" in ref:
+                result = result.astype(jnp.float32) * ref["x_scale"][rows, :]
+            if "w_scale" in ref:
+                result = result.astype(jnp.float32) * ref["w_scale"][...]
+            out[rows, :] = result.astype(out.dtype)
 
 
 def _varying(*operands):

@@ -29,6 +29,7 @@ BLOCKS = {
     "TPU7x": (512, 512, 1024),
 }
 DEFAULT = (256, 512, 512)
+_STRIP = 256  # rows, of x or of w, that the program spells out; more are a loop
 _VMEM = 64 * 2**20  # what a kernel may take; the compiler refuses more than the chip has
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 _PACKED = 64  # codes in a block of bit planes
@@ -45,7 +46,8 @@ def blocks(
     else:  # one that divides `k` needs no padding
         fits = [c for c in range(block_k, 255, -256) if k % c == 0 and c % unit == 0]
         block_k = fits[0] if fits else block_k
-    return min(m, block_m), min(n, block_n), block_k
+    strips = m if m <= _STRIP else -(-m // _STRIP) * _STRIP
+    return min(strips, block_m), min(n, block_n), block_k
 
 
 def quantized_matmul(
@@ -81,11 +83,16 @@ def quantized_matmul(
     along = 2 if transpose_w else 1
     x = _pad(x, 2, whole)
     w = _pad(w, along, whole * stored // 8)
-    scale = scale.astype(jnp.float32)
-    if group:
-        scale = _pad(scale, 1, -(-whole // group))
-    operands, groups = [x, w, scale], scale.shape[1]
-    column = pl.BlockSpec((None, groups, block_n), lambda b, i, j, k: (b, 0, j))
+    # A strip of the weight is decoded at a time. The scales that it needs are a slice of
+    # their own: rows in the middle of a tile cannot be addressed.
+    tall = _STRIP if block_k % _STRIP == 0 and not transpose_w else block_k
+    per_strip = max(1, tall // group) if group else 1
+    slices = -(-whole // (per_strip * group)) if group else 1
+    sliced = lambda a: _pad(a.astype(jnp.float32), 1, slices * per_strip).reshape(
+        b, slices, per_strip, n
+    )
+    operands = [x, w, sliced(scale)]
+    column = pl.BlockSpec((None, slices, per_strip, block_n), lambda b, i, j, k: (b, 0, 0, j))
     rows = block_k * stored // 8
     specs = [
         pl.BlockSpec((None, block_m, block_k), lambda b, i, j, k: (b, i, k)),
@@ -95,15 +102,18 @@ def quantized_matmul(
         column,
     ]
     if zero_point is not None:
-        operands.append(_pad(zero_point.astype(jnp.float32), 1, groups))
+        operands.append(sliced(zero_point))
         specs.append(column)
     return pl.pallas_call(
-        functools.partial(_kernel, stored, group, transpose_w, block_k),
+        functools.partial(_kernel, stored, group, transpose_w, tall),
         grid=(b, pl.cdiv(m, block_m), pl.cdiv(n, block_n), whole // block_k),
         in_specs=specs,
         out_specs=pl.BlockSpec((None, block_m, block_n), lambda b, i, j, k: (b, i, j)),
         out_shape=out,
-        scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM((block_k, block_n), x.dtype),
+            pltpu.VMEM((block_m, block_n), jnp.float32),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM,
@@ -113,46 +123,59 @@ def quantized_matmul(
     )(*operands)
 
 
-def _kernel(bits, group, transpose_w, block_k, x_ref, w_ref, scale_ref, *refs):
-    *zero_ref, out_ref, sums_ref = refs
+def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
+    *zero_ref, out_ref, weight_ref, sums_ref = refs
     step, steps = pl.program_id(3), pl.num_programs(3)
+    block_m, block_k = x_ref.shape
+    strip = _STRIP if block_m % _STRIP == 0 else block_m
 
-    @pl.when(step == 0)
-    def _():
-        sums_ref[...] = jnp.zeros_like(sums_ref)
+    @pl.loop(0, block_k // tall)
+    def _(i):
+        stored = tall * bits // 8
+        if transpose_w:
+            w = w_ref[...]
+        else:
+            w = w_ref[pl.ds(pl.multiple_of(i * stored, stored), stored), :]
+        codes = w.astype(jnp.int32) if bits == 8 else _unpack(w, bits)
+        weight = codes.astype(jnp.float32)
+        weight = weight.T if transpose_w else weight
+        at = lax.div(step * block_k + i * tall, max(tall, group)) if group else 0
+        if zero_ref:
+            weight = weight - _spread(zero_ref[0][at], tall)
+        if group:
+            weight = weight * _spread(scale_ref[at], tall)
+        weight_ref[pl.ds(pl.multiple_of(i * tall, tall), tall), :] = weight.astype(x_ref.dtype)
 
-    x = x_ref[...]
-    codes = w_ref[...].astype(jnp.int32) if bits == 8 else _unpack(w_ref[...], bits)
-    weight = codes.astype(jnp.float32)
-    if transpose_w:
-        weight = weight.T
-    first = step * block_k // group if group else 0
-    spread = functools.partial(_spread, first=first, group=group, block_k=block_k)
-    if zero_ref:
-        weight = weight - spread(zero_ref[0])
-    if group:
-        weight = weight * spread(scale_ref)
-    # A float32 product is made of bfloat16 ones; HIGHEST makes as many as it takes.
-    precise = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    sums_ref[...] += jnp.dot(
-        x, weight.astype(x.dtype), precision=precise, preferred_element_type=jnp.float32
-    )
+    @pl.loop(0, block_m // strip)
+    def _(i):
+        rows = pl.ds(pl.multiple_of(i * strip, strip), strip)
 
-    @pl.when(step == steps - 1)
-    def _():
-        sums = sums_ref[...]
-        out_ref[...] = (sums if group else sums * scale_ref[...]).astype(out_ref.dtype)
+        @pl.when(step == 0)
+        def _():
+            sums_ref[rows, :] = jnp.zeros((strip, sums_ref.shape[1]), sums_ref.dtype)
+
+        # A float32 product is made of bfloat16 ones; HIGHEST makes as many as it takes.
+        is_float32 = x_ref.dtype == jnp.float32
+        sums_ref[rows, :] += jnp.dot(
+            x_ref[rows, :],
+            weight_ref[...],
+            precision=lax.Precision.HIGHEST if is_float32 else lax.Precision.DEFAULT,
+            preferred_element_type=jnp.float32,
+        )
+
+        @pl.when(step == steps - 1)
+        def _():
+            sums = sums_ref[rows, :]
+            sums = sums if group else sums * scale_ref[0]
+            out_ref[rows, :] = sums.astype(out_ref.dtype)
 
 
-def _spread(ref, *, first, group, block_k):
-    """What each row of a block of the weight has to do with: `[1 or block_k, n]`."""
-    if group is None:
-        return ref[...]
-    rows = ref[pl.ds(first, max(1, block_k // group)), :]
+def _spread(rows, count):
+    """Each of the rows as often as it takes to make `count`; a single one will broadcast."""
     if rows.shape[0] == 1:
         return rows
-    each = (rows.shape[0], block_k // rows.shape[0], rows.shape[1])
-    return jnp.broadcast_to(rows[:, None, :], each).reshape(block_k, rows.shape[1])
+    each = (rows.shape[0], count // rows.shape[0], rows.shape[1])
+    return jnp.broadcast_to(rows[:, None, :], each).reshape(count, rows.shape[1])
 
 
 def _unpack(packed, bits):

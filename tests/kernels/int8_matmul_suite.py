@@ -1,10 +1,13 @@
 """What every backend of `int8_matmul` has to do; a backend inherits it and says how to run."""
 
+import os
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+EXAMPLES = int(os.environ.get("KERNEL_EXAMPLES", "5"))  # an interpreter takes a second
 SIZES = [1, 7, 16, 63, 64, 65, 127, 128, 129, 1000]
 EPS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # one rounding
 
@@ -30,6 +33,7 @@ class Int8MatmulSuite:
     def block(self, m, n, k):
         raise NotImplementedError
 
+    @settings(max_examples=EXAMPLES)
     @given(
         m=st.sampled_from(SIZES),
         k=st.sampled_from(SIZES),

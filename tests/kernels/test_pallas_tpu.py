@@ -29,7 +29,8 @@ def interpreted(kernel, arrays, options):
     options = {name: value for name, value in options.items() if value is not None}
     run = jax.jit(functools.partial(kernel, interpret=TPU, **options))
     got = np.asarray(run(*arrays))
-    assert not interpret_pallas_call.get_races().races_found
+    races = interpret_pallas_call.races  # None where nothing was left to do for a kernel
+    assert races is None or not races.races_found
     return got
 
 
