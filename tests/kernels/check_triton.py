@@ -9,8 +9,8 @@ import pytest
 from int8_matmul_suite import Int8MatmulSuite
 from jaxcompress.kernels.int8_matmul import triton as int8_kernel
 from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
-from quantized_matmul_suite import QuantizedMatmulSuite
-from triton_on_numpy import triton_call
+from quantized_matmul_suite import QuantizedMatmulSuite, problem
+from triton_on_numpy import count_loads, triton_call
 
 
 def interpreted(kernel, arrays, options):
@@ -32,6 +32,20 @@ class TestQuantizedMatmul(QuantizedMatmulSuite):
 
     def block(self, m, n, k):
         return None  # by the table: which steps it may take depends on the groups
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_few_rows_load_each_byte_of_the_weight_once(bits):
+    """What the roofline assumes. The 1-bit plane of 3 bits is loaded again for each part of
+    a wider byte: eight parts, of which one byte has two at a time."""
+    arrays, *_ = problem(16, 256, 128, bits=bits, group_size=64, zero=False, dtype="bfloat16")
+    run = lambda: quantized_kernel.quantized_matmul(
+        *arrays, bits=bits, group_size=64, interpret=triton_call
+    )
+    loads = count_loads(run, 1).reshape(-1, 8 * bits, 128)
+    wide = 8 * bits if bits in (8, 4, 2) else 16
+    assert np.all(loads[:, :wide] == 1)
+    assert np.all(loads[:, wide:] == 8)
 
 
 @pytest.mark.parametrize("chip", [None, *quantized_kernel.BLOCKS])

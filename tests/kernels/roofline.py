@@ -2,7 +2,8 @@
 
 A bound, not a time: it says what a chip's memory and matrix unit allow at best. TPU: every
 block that the pipeline fetches is counted, one that stays where it is is not fetched
-again. GPU: every operand once, as long as all of them fit the second-level cache.
+again. GPU: every operand once, as long as both fit the second-level cache together; that
+no program loads more than its share of the weight is a test in check_triton.py.
 """
 
 import math
@@ -59,9 +60,10 @@ def of_pallas(fn, args, operations, chip, kind):
 
 def of_triton(operands, out, operations, chip, kind):
     """The roofline of a kernel whose tiles meet in the second-level cache."""
-    least = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*operands, out))
-    if least > PEAKS[chip][3] * 10**6:
-        raise ValueError(f"{least} bytes do not fit the cache of {chip}")
+    size = lambda *arrays: sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+    if size(*operands) > PEAKS[chip][3] * 10**6:
+        raise ValueError(f"{size(*operands)} bytes do not fit the cache of {chip}")
+    least = size(*operands, out)
     return Roofline(least, least, operations, _ridge(chip, kind))
 
 

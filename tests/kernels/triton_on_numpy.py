@@ -76,6 +76,26 @@ def _walled(shape, dtype):
     return memory[_WALL : _WALL + size].view(dtype).reshape(shape), memory
 
 
+def count_loads(run, operand):
+    """How often `run()` loads each byte of the operand of that position, in all programs."""
+    counts, load = [], interpreter.interpreter_builder.create_masked_load
+
+    def counted(ptrs, mask, *args, **kwargs):
+        base, size = _places[operand]
+        at = (ptrs.data[mask.data].astype(np.int64) - base).ravel()
+        at = at[(at >= 0) & (at < size)]
+        counts.append(np.bincount(at, minlength=size))
+        return load(ptrs, mask, *args, **kwargs)
+
+    builder = interpreter.interpreter_builder
+    with unittest.mock.patch.object(builder, "create_masked_load", counted):
+        run()
+    return np.sum(counts, 0)
+
+
+_places = []  # where the operands of the call that runs lie, and how many bytes they have
+
+
 def triton_call(
     *operands, kernel, out_shape, grid, num_warps=None, num_stages=None, name="", **constants
 ):
@@ -88,6 +108,7 @@ def triton_call(
             array[...] = kind
         arrays.append(array)
         memories.append(memory)
+    _places[:] = [(array.ctypes.data, array.nbytes) for array in arrays]
     before = [array.copy() for array in arrays[:-1]]
     with unittest.mock.patch.object(interpreter.interpreter_builder, "create_dot", _dot):
         kernel[grid](*map(_Tensor, arrays), **constants)
