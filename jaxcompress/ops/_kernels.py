@@ -7,12 +7,14 @@ activations, `b k n` for weights, `b m n` for the result.
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 __all__ = ["call_kernel", "chip", "no_pallas_tpu", "no_triton"]
@@ -66,9 +68,10 @@ def call_kernel(
 
     def run(*arrays: jax.Array) -> jax.Array:
         given = dict(zip(there, arrays))
-        return kernel(*(given.get(i) for i in range(len(operands))))
+        return _vary(kernel(*(given.get(i) for i in range(len(operands)))), *arrays)
 
-    mapped = custom_vmap(_partitioned(run, names))
+    explicit = _explicit_mesh(*(operands[i] for i in there))
+    mapped = custom_vmap(_mapped(run, names, explicit) if explicit else _partitioned(run, names))
 
     @mapped.def_vmap
     def rule(size, is_batched, *arrays):
@@ -101,24 +104,65 @@ def _partitioned(run: Callable[..., jax.Array], names: Sequence[str]) -> Callabl
         return mesh, run, place(_RESULT), tuple(place(name) for name in names)
 
     def infer(mesh, operands, result):
-        axes = {}
-        for name, operand in zip(names, operands):
-            for letter, axis in zip(name, _spec(operand.sharding)):
-                if axis is not None and axis not in axes.values():
-                    axes.setdefault(letter, axis)
+        axes = _axes(names, operands)
         return NamedSharding(mesh, P(*(axes.get(letter) for letter in _RESULT)))
 
-    every = sorted(set("".join(names)) - set(_RESULT) - {"1"})
+    whole = dict.fromkeys(c for c in "".join(names) if c not in _RESULT + "1")
     words = [" ".join(f"one{i}" if c == "1" else c for c in name) for i, name in enumerate(names)]
     call.def_partition(
         partition,
         infer_sharding_from_operands=infer,
         sharding_rule=f"{', '.join(words)} -> {' '.join(_RESULT)}",
-        need_replication_factors=tuple(every),
+        need_replication_factors=tuple(whole),
     )
     return call
 
 
-def _spec(sharding):
+def _mapped(run: Callable[..., jax.Array], names: Sequence[str], mesh: Any) -> Callable[..., Any]:
+    """The same on a mesh of explicit axes, where the types say how everything is cut."""
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        axes = _axes(names, [jax.typeof(a) for a in arrays])
+        place = lambda name: P(*(axes.get(letter) for letter in name))
+        cut = [
+            jax.sharding.reshard(a, NamedSharding(mesh, place(n))) for a, n in zip(arrays, names)
+        ]
+        return jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=tuple(map(place, names)),
+            out_specs=place(_RESULT),
+            axis_names={
+                n for n, t in zip(mesh.axis_names, mesh.axis_types) if t == AxisType.Explicit
+            },
+        )(*cut)
+
+    return call
+
+
+def _explicit_mesh(*arrays: Any) -> Any:
+    """The mesh with explicit axes that any of the arrays lies on, or None."""
+    meshes = [jax.typeof(a).sharding.mesh for a in arrays]
+    return next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+
+
+def _axes(names: Sequence[str], arrays: Sequence[Any]) -> dict[str, Any]:
+    """The mesh axes along which `b`, `m` and `n` are cut already; none of them twice."""
+    axes: dict[str, Any] = {}
+    for name, array in zip(names, arrays):
+        for letter, axis in zip(name, _spec(array.sharding)):
+            if letter in _RESULT and axis is not None and axis not in axes.values():
+                axes.setdefault(letter, axis)
+    return axes
+
+
+def _spec(sharding: Any) -> tuple[Any, ...]:
     """The mesh axes of the three dimensions."""
     return (*sharding.spec, None, None, None)[:3]
+
+
+def _vary(out: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """Within `shard_map`, as varying as all the operands; Triton's calls do not say so."""
+    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
+    missing = tuple(axes - jax.typeof(out).mat.varying)
+    return lax.pcast(out, missing, to="varying") if missing else out

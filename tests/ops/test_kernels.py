@@ -107,7 +107,7 @@ def test_what_surrounds_a_kernel_may_be_any_transform():
     )
     x = np.ones((3, 16, 512), np.float32)
     mapped = jax.vmap(op, (0, None, None))
-    graded = jax.grad(lambda x, w, s: mapped(x, w, s).sum(), argnums=(0, 2))
+    graded = jax.value_and_grad(lambda x, w, s: mapped(x, w, s).sum(), argnums=(0, 2))
     scanned = lambda x, w, s: jax.lax.scan(lambda c, x: (c, op(x, w, s)), 0, x)[1]
     both = jax.vmap(op, (0, 0, None))
     for fn, args in (
@@ -168,6 +168,22 @@ def test_rows_and_columns_stay_where_they_are(x_spec, w_spec, kind, gathers):
     assert bool(re.search("all-gather|all-to-all|collective-permute", text)) == gathers
     if not gathers:
         assert got.sharding.is_equivalent_to(NamedSharding(mesh, P(x_spec[0], w_spec[1])), 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("n_axis", [None, "y"])
+def test_a_program_with_kernels_for_other_platforms_shards_here(kind, n_axis):
+    """Large enough that the program has a branch for TPUs; the types of both agree."""
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(-9, 9, (16, 512)).astype(np.float32), rng.integers(0, 256, (256, 128))
+    w, scale = w.astype(np.uint8), np.ones((8, 128), np.float32)
+    op = functools.partial(jc.ops.quantized_matmul, bits=4, group_size=64)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    place = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+    args = place(x, "x", None), place(w, None, n_axis), place(scale, None, n_axis)
+    got = jax.jit(op)(*args)
+    np.testing.assert_array_equal(got, op(x, w, scale, implementation="reference"))
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, P("x", n_axis)), 2)
 
 
 def test_gradients_of_the_scales_of_an_int8_product():
