@@ -24,7 +24,16 @@ from quax._primitives import jit_quax
 from quax._trace import _QuaxTrace, _QuaxTracer
 from quax._values import _dense, _DenseArrayValue
 
-__all__ = ["differentiated_inside", "held_by", "ragged_dot_general_p", "run", "stop_gradient_p"]
+__all__ = [
+    "differentiated_inside",
+    "held_by",
+    "pvary_p",
+    "ragged_dot_general_p",
+    "run",
+    "stop_gradient_p",
+]
+
+pvary_p = core.pvary_p  # within `shard_map`: what was alike on all devices may differ from now on
 
 
 def run(fn: Callable[..., Any], leaves: list[Any]) -> list[Any]:

@@ -4,11 +4,11 @@ import equinox as eqx
 import haiku as hk
 import jax
 import numpy as np
-import oracles
 import pytest
-from checks import OPS, SPECS, assert_compressed, assert_model, decoded, random, run
 
 import jaxcompress as jc
+import oracles
+from checks import OPS, SPECS, assert_compressed, assert_model, decoded, random, run
 
 
 @pytest.mark.parametrize("axis", [-1, -2])

@@ -4,11 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from checks import OPS, SPECS, assert_compressed, assert_model, decoded, random, run
 
 import jaxcompress as jc
+import oracles
+from checks import OPS, SPECS, assert_compressed, assert_model, decoded, random, run
 
 FLOAT_ACTIVATIONS = ["int8", "int4"]
 

@@ -2,12 +2,12 @@
 
 import jax
 import numpy as np
-import oracles
 import pytest
-from checks import OPS, SPECS, assert_compressed, assert_model, decoded, random, run
 from flax import nnx
 
 import jaxcompress as jc
+import oracles
+from checks import OPS, SPECS, assert_compressed, assert_model, decoded, random, run
 
 
 class MLP(nnx.Module):
