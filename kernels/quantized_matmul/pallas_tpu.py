@@ -30,6 +30,7 @@ BLOCKS = {
 }
 DEFAULT = (256, 512, 512)
 _STRIP = 256  # rows, of x or of w, that the program spells out; more are a loop
+_RESIDENT = 2 * 2**20  # bytes of x that stay in fast memory whole: read once, not per column
 _VMEM = 64 * 2**20  # what a kernel may take; the compiler refuses more than the chip has
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 _PACKED = 64  # codes in a block of bit planes
@@ -94,8 +95,11 @@ def quantized_matmul(
     operands = [x, w, sliced(scale)]
     column = pl.BlockSpec((None, slices, per_strip, block_n), lambda b, i, j, k: (b, 0, 0, j))
     rows = block_k * stored // 8
+    is_resident = block_m * whole * x.dtype.itemsize <= _RESIDENT
     specs = [
-        pl.BlockSpec((None, block_m, block_k), lambda b, i, j, k: (b, i, k)),
+        pl.BlockSpec((None, block_m, whole), lambda b, i, j, k: (b, i, 0))
+        if is_resident
+        else pl.BlockSpec((None, block_m, block_k), lambda b, i, j, k: (b, i, k)),
         pl.BlockSpec((None, block_n, block_k), lambda b, i, j, k: (b, j, k))
         if transpose_w
         else pl.BlockSpec((None, rows, block_n), lambda b, i, j, k: (b, k, j)),
@@ -126,7 +130,10 @@ def quantized_matmul(
 def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
     *zero_ref, out_ref, weight_ref, sums_ref = refs
     step, steps = pl.program_id(3), pl.num_programs(3)
-    block_m, block_k = x_ref.shape
+    block_m, block_k = x_ref.shape[0], weight_ref.shape[0]
+    here = slice(None)
+    if x_ref.shape[1] > block_k:
+        here = pl.ds(pl.multiple_of(step * block_k, block_k), block_k)
     strip = _STRIP if block_m % _STRIP == 0 else block_m
 
     @pl.loop(0, block_k // tall)
@@ -157,7 +164,7 @@ def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
         # A float32 product is made of bfloat16 ones; HIGHEST makes as many as it takes.
         is_float32 = x_ref.dtype == jnp.float32
         sums_ref[rows, :] += jnp.dot(
-            x_ref[rows, :],
+            x_ref[rows, here],
             weight_ref[...],
             precision=lax.Precision.HIGHEST if is_float32 else lax.Precision.DEFAULT,
             preferred_element_type=jnp.float32,

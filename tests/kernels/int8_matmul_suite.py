@@ -73,7 +73,7 @@ class Int8MatmulSuite:
         assert self.run(x, w, block=self.block(1, 1, k)) == 128 * 128 * k
 
     @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-    @pytest.mark.parametrize("sides", ["x", "w", "xw", "xwz"])
+    @pytest.mark.parametrize("sides", ["x", "w", "xwz"])
     def test_scales_and_zero_points(self, name, sides):
         if name not in self.dtypes:
             with pytest.raises(Exception, match=name):

@@ -80,8 +80,10 @@ class QuantizedMatmulSuite:
         got = self.run(*arrays, **options)
         check(got, x, decoded, dtype, group_size is not None and group_size < k)
 
-    @pytest.mark.parametrize("bits", range(2, 9))
-    @pytest.mark.parametrize("group_size", [None, 32, 128])
+    @pytest.mark.parametrize(
+        ("bits", "group_size"),
+        [(2, 32), (3, 32), (4, 32), (4, None), (5, 128), (6, 64), (7, 32), (8, 128)],
+    )
     def test_every_width_in_blocks_by_the_table(self, bits, group_size):
         arrays, x, decoded = problem(
             7, 320, 65, bits=bits, group_size=group_size, zero=True, dtype="bfloat16", b=2

@@ -39,7 +39,7 @@ class TestInt8Matmul(Int8MatmulSuite):
         return interpreted(int8_kernel.int8_matmul, arrays, options)
 
     def block(self, m, n, k):
-        return min(m, 64), min(n, 128), min(k, 256 if k < 2000 else 32_768)
+        return (min(m, 64) if m < 1000 else 512), min(n, 128), min(k, 256 if k < 2000 else 32_768)
 
 
 class TestQuantizedMatmul(QuantizedMatmulSuite):
@@ -49,7 +49,7 @@ class TestQuantizedMatmul(QuantizedMatmulSuite):
         return interpreted(quantized_kernel.quantized_matmul, arrays, options)
 
     def block(self, m, n, k):
-        return min(m, 64), min(n, 128), 256
+        return (min(m, 64) if m < 1000 else 512), min(n, 128), 256
 
 
 @pytest.mark.parametrize("chip", [None, *int8_kernel.BLOCKS])

@@ -174,6 +174,22 @@ def check_rooflines(report, chip, device):
         report.check("quantized_matmul", "pallas_tpu", chip, f"roofline, {case}", facts, wrong)
 
 
+def check_memory(report, chip, device):
+    """The op, which takes the kernel by itself, makes no float weight; XLA's product does."""
+    args, options = QUANTIZED["int4 by 128, 16 x 4096 x 4096"]
+    sharding = SingleDeviceSharding(device)
+    flat = [Shape(a.shape[1:], a.dtype, sharding=sharding) for a in args]
+    facts = {}
+    for name, implementation in (("kernel", None), ("reference", "reference")):
+        run = functools.partial(jc.ops.quantized_matmul, implementation=implementation, **options)
+        memory = jax.jit(run).lower(*flat).compile().memory_analysis()
+        facts[name] = memory.temp_size_in_bytes
+    weight = 2 * 4096 * 4096  # in bfloat16
+    wrong = None if facts["kernel"] < weight / 10 else f"a float weight: {facts}"
+    wrong = wrong if facts["reference"] >= weight else f"XLA makes none either: {facts}"
+    report.check("quantized_matmul", "pallas_tpu", chip, "temporary bytes", facts, wrong)
+
+
 def check_sharded(report):
     """Rows and columns over four chips: each decodes its own, and gathers nothing."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
@@ -194,7 +210,7 @@ def main():
     report = Report("expected_tpu.json", versions)
     for chip, topology in TOPOLOGIES.items():
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        for check in (check_compiles, check_refusals, check_rooflines):
+        for check in (check_compiles, check_refusals, check_rooflines, check_memory):
             check(report, chip, described.devices[0])
     check_sharded(report)
     report.finish()
