@@ -14,18 +14,20 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import jax
 import jax.numpy as jnp
 import triton
+from jax.sharding import PartitionSpec as P
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expected import Report
 from jaxcompress.kernels.int8_matmul import triton as int8_kernel
 from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
+from jaxcompress.ops._kernels import call_kernel
 from roofline import of_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -173,6 +175,31 @@ def check_compiles(report, chip):
             report.check(op, "triton", chip, case, facts, verdict(op, facts, chip))
 
 
+def lowered(fn, *args):
+    """The program for an NVIDIA GPU; jax_triton compiles the kernel for it on the way."""
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def check_launches(report, chip):
+    """Through jax_triton, as on a device: `vmap` and `shard_map` around it."""
+    args, options = int8_case(129, 256, 256)
+    run = functools.partial(int8_kernel.int8_matmul, chip=chip, **options)
+    wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
+    report.check("int8_matmul", "triton", chip, "called by jax_triton", wrong=wrong)
+
+    args, options = quantized_case(16, 512, 256, 4, 64)
+    run = functools.partial(quantized_kernel.quantized_matmul, chip=chip, **options)
+    around = functools.partial(call_kernel, run, ("bmk", "bpn", "bgn"))
+    mapped = jax.vmap(around, (0, None, None))
+    mesh = jax.sharding.AbstractMesh((1,), ("x",))
+    placed = jax.shard_map(mapped, mesh=mesh, in_specs=(P("x"), P(), P()), out_specs=P("x"))
+    x = Shape((3, *args[0].shape), args[0].dtype)
+    wrong = None if "triton_kernel_call" in lowered(placed, x, *args[1:]) else "no kernel"
+    report.check(
+        "quantized_matmul", "triton", chip, "called by jax_triton, mapped, sharded", wrong=wrong
+    )
+
+
 def check_that_spills_are_seen(report):
     """A tile of 128 x 128 with four warps is too much for sm_80: the check has to say so."""
     args, options = INT8["4096 x 4096 x 4096"]
@@ -198,6 +225,8 @@ def main():
     report = Report("expected_triton.json", versions)
     for chip in SHARED:
         check_compiles(report, chip)
+        if not chip.startswith("gfx"):  # jax_triton asks an AMD device for its name
+            check_launches(report, chip)
     check_that_spills_are_seen(report)
     check_rooflines(report)
     report.finish()

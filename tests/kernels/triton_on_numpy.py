@@ -76,6 +76,16 @@ def _walled(shape, dtype):
     return memory[_WALL : _WALL + size].view(dtype).reshape(shape), memory
 
 
+def _cast(source, dtype):
+    """The interpreter's own cuts float32 to bfloat16: here to the nearest, as devices do."""
+    if source.dtype.scalar.is_fp32() and dtype.scalar.is_bf16():
+        bits = source.data.astype(jax.numpy.bfloat16).view(np.uint16)
+        return interpreter.TensorHandle(bits, dtype.scalar)
+    return type(interpreter.interpreter_builder).cast_impl(
+        interpreter.interpreter_builder, source, dtype
+    )
+
+
 def count_loads(run, operand):
     """How often `run()` loads each byte of the operand of that position, in all programs."""
     counts, load = [], interpreter.interpreter_builder.create_masked_load
@@ -110,7 +120,8 @@ def triton_call(
         memories.append(memory)
     _places[:] = [(array.ctypes.data, array.nbytes) for array in arrays]
     before = [array.copy() for array in arrays[:-1]]
-    with unittest.mock.patch.object(interpreter.interpreter_builder, "create_dot", _dot):
+    patched = {"create_dot": _dot, "cast_impl": _cast}
+    with unittest.mock.patch.multiple(interpreter.interpreter_builder, **patched):
         kernel[grid](*map(_Tensor, arrays), **constants)
     for memory in memories:
         walls = np.concatenate([memory[:_WALL], memory[-_WALL:]])
