@@ -17,8 +17,14 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["call_kernel", "chip", "no_pallas_tpu", "no_triton"]
+__all__ = ["CHIPS", "call_kernel", "chip", "no_pallas_tpu", "no_triton"]
 
+# What the kernels are compiled for in every run of the checks, as `chip` names it.
+CHIPS = {
+    "tpu": ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"),
+    "cuda": ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0"),
+    "rocm": ("gfx90a", "gfx942", "gfx950"),
+}
 _RESULT = "bmn"
 
 
@@ -37,7 +43,7 @@ def chip(platform: str) -> str | None:
 
 def no_pallas_tpu(platform: str) -> str | None:
     """Why Pallas' kernels for TPUs cannot run there."""
-    return None if platform == "tpu" else "it is for TPUs"
+    return "it is for TPUs" if platform != "tpu" else _unknown(platform)
 
 
 def no_triton(platform: str) -> str | None:
@@ -48,7 +54,14 @@ def no_triton(platform: str) -> str | None:
         return "jax_triton is not installed"
     if chip(platform) is None:
         return "it is compiled for the GPU at hand, and there is none"
-    return None
+    return _unknown(platform)
+
+
+def _unknown(platform: str) -> str | None:
+    here = chip(platform)
+    if here is None or here in CHIPS[platform]:
+        return None
+    return f"it is proven for {', '.join(CHIPS[platform])}, not for {here}"
 
 
 @functools.cache

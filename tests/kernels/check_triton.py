@@ -9,6 +9,7 @@ import pytest
 from int8_matmul_suite import Int8MatmulSuite
 from jaxcompress.kernels.int8_matmul import triton as int8_kernel
 from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
+from jaxcompress.ops._kernels import CHIPS
 from quantized_matmul_suite import QuantizedMatmulSuite, problem
 from triton_on_numpy import count_loads, triton_call
 
@@ -46,6 +47,11 @@ def test_few_rows_load_each_byte_of_the_weight_once(bits):
     wide = 8 * bits if bits in (8, 4, 2) else 16
     assert np.all(loads[:, :wide] == 1)
     assert np.all(loads[:, wide:] == 8)
+
+
+def test_the_tables_have_the_chips_that_are_proven():
+    proven = {*CHIPS["cuda"], *CHIPS["rocm"]}
+    assert set(int8_kernel.BLOCKS) == set(quantized_kernel.BLOCKS) == proven
 
 
 @pytest.mark.parametrize("chip", [None, *quantized_kernel.BLOCKS])

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from int8_matmul_suite import Int8MatmulSuite
 from jaxcompress.kernels.int8_matmul import pallas_tpu as int8_kernel
 from jaxcompress.kernels.quantized_matmul import pallas_tpu as quantized_kernel
+from jaxcompress.ops._kernels import CHIPS
 from quantized_matmul_suite import QuantizedMatmulSuite
 
 TPU = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
@@ -50,6 +51,10 @@ class TestQuantizedMatmul(QuantizedMatmulSuite):
 
     def block(self, m, n, k):
         return (min(m, 64) if m < 1000 else 512), min(n, 128), 256
+
+
+def test_the_tables_have_the_chips_that_are_proven():
+    assert set(int8_kernel.BLOCKS) == set(quantized_kernel.BLOCKS) == set(CHIPS["tpu"])
 
 
 @pytest.mark.parametrize("chip", [None, *int8_kernel.BLOCKS])

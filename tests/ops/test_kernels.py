@@ -70,6 +70,7 @@ def test_int8_products_are_left_to_xla_unless_asked_for():
     [
         (False, None, "not triton: jax_triton is not installed"),
         (True, None, "not triton: it is compiled for the GPU at hand, and there is none"),
+        (True, "7.5", "not triton: it is proven for 8.0, 8.6, 8.9, 9.0, 10.0, 12.0, not for 7.5"),
         (True, "9.0", None),
     ],
 )
@@ -79,6 +80,14 @@ def test_triton_needs_a_package_and_a_gpu(monkeypatch, installed, chip, reason):
     choice = choose(_quantized_matmul.table(), LARGE, "cuda")
     assert choice.implementation.name == ("triton" if reason is None else "reference")
     assert reason is None or reason in choice.why
+
+
+def test_pallas_kernels_are_for_the_tpus_that_they_compile_for(monkeypatch):
+    for kind, name in (("TPU v4", "reference"), ("TPU v5 lite", "pallas_tpu")):
+        monkeypatch.setattr(_kernels, "chip", lambda platform, kind=kind: kind)
+        choice = choose(_quantized_matmul.table(), LARGE, "tpu")
+        assert choice.implementation.name == name
+        assert ("not for TPU v4" in choice.why) == (kind == "TPU v4")
 
 
 def test_this_process_has_no_chip():
