@@ -62,7 +62,7 @@ def dot_general(
     flat = reshape(turned, [*one_batch, *((n, k) if transpose_w else (k, n))])
     if flat is None:
         return "its scales do not follow the axes that the product merges"
-    _note_product(stored, flat, lax.dot_general_p, m, k, n, x.dtype.name)
+    _note_product(stored, flat, transpose_w, lax.dot_general_p, m, k, n, x.dtype.name)
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, k)
     out = linear(rows, flat, transpose_w, dtype)
     out = out.reshape(*batch, *(x.shape[d] for d in x_free), *(w.shape[d] for d in w_free))
@@ -86,7 +86,7 @@ def prepacked(
     batch = [w.shape[d] for d in lead]
     one_batch = [math.prod(batch)] if batch else []
     m = math.prod(x.shape[d] for d in x_free)
-    _note_product(w, w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
+    _note_product(w, w, w.transpose_w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, w.k)
     flat = jax.tree.map(lambda a: a.reshape(*one_batch, *a.shape[len(batch) :]), w)
     out = linear(rows, flat, w.transpose_w, dtype)
@@ -112,7 +112,8 @@ def ragged_dot(
     if w.scale.shape[1] != 1 or w.zero_point is not None:
         return "groups or zero points in a ragged product"
     m, (_, k, n) = x.shape[0], w.shape
-    _note_product(w, w, ragged_dot_general_p, m, k, n, x.dtype.name, f"{w.qtype.name} as floats")
+    as_floats = f"{w.qtype.name} as floats"
+    _note_product(w, w, False, ragged_dot_general_p, m, k, n, x.dtype.name, as_floats)
     x_scale = None
     if w.act is not None:
         x, x_scale = _centred(x, w)
@@ -163,6 +164,7 @@ def _centred(x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, jax.Array]:
 def _note_product(
     w: Weight,
     flat: Weight,
+    transpose_w: bool,
     primitive: Primitive,
     m: int,
     k: int,
@@ -176,7 +178,7 @@ def _note_product(
     if instead:
         w.note(primitive, primitive.name, "reference", instead)
     else:
-        op, (implementation, why) = plan(flat, m, k, n, dtype, here.platform)
+        op, (implementation, why) = plan(flat, transpose_w, m, k, n, dtype, here.platform)
         w.note(primitive, op, implementation.name, why)
 
 

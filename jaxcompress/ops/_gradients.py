@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays._rounding import scale_of
-from jaxcompress.ops._choice import Problem
-from jaxcompress.ops._int8_matmul import MAX_K, matmul_shape, product
+from jaxcompress.ops._int8_matmul import MAX_K, int8_matmul
 from jaxcompress.ops._quantized_matmul import float_dot
 
 __all__ = ["quantized_gradient_dot", "stochastic_round"]
@@ -59,11 +58,10 @@ quantized_gradient_dot.defvjp(_forward, _backward)
 def _times(bits: int, g: jax.Array, codes: jax.Array) -> jax.Array:
     """`g[..., a, b] @ codes[..., b, c]`, each row of `g` rounded with its own scale."""
     high = 2 ** (bits - 1) - 1
-    _, m, k, n = matmul_shape(g.shape, codes.shape, False)
+    k = g.shape[-1]
     if k > MAX_K:
         raise ValueError(f"gradients in {bits} bits are summed over at most {MAX_K}; got {k}")
     scale = scale_of(jnp.max(jnp.abs(g), -1, keepdims=True, initial=0.0), high)
     rounded = jnp.clip(stochastic_round(g / scale), -high, high)
     rounded = jnp.where(jnp.isfinite(rounded), rounded, 0.0).astype(jnp.int8)
-    sums = product(rounded, codes.astype(jnp.int8), False, problem=Problem(m=m, k=k, n=n))
-    return sums.astype(jnp.float32) * scale
+    return int8_matmul(rounded, codes.astype(jnp.int8)).astype(jnp.float32) * scale

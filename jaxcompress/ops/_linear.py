@@ -69,7 +69,9 @@ def linear(x: jax.Array, w: Weight, transpose_w: bool, dtype: Any) -> jax.Array:
     )
 
 
-def plan(w: Weight, m: int, k: int, n: int, dtype: str, platform: str) -> tuple[str, Choice]:
+def plan(
+    w: Weight, transpose_w: bool, m: int, k: int, n: int, dtype: str, platform: str
+) -> tuple[str, Choice]:
     """The op that `linear` calls, and its implementation on `platform`."""
     floats = _floats(w)
     if floats is not None:
@@ -79,11 +81,22 @@ def plan(w: Weight, m: int, k: int, n: int, dtype: str, platform: str) -> tuple[
         group = w.group_size
     else:
         group = max(w.group_size) if w.group_size else None
-    problem = Problem(m=m, k=k, n=n, bits=_bits(w), group_size=group, dtype=dtype)
-    if w.act is None:
-        op, table = "quantized_matmul", _quantized_matmul.table()
-    else:
-        op, table = "int8_matmul", _table(_Static(w.act, group, False, _bits(w)))
+    problem = Problem(
+        m=m,
+        k=k,
+        n=n,
+        bits=_bits(w),
+        group_size=group,
+        dtype=dtype,
+        packed=_bits(w) < 8 and w.values.dtype == jnp.uint8,
+        transpose_w=transpose_w,
+    )
+    op, table = "quantized_matmul", _quantized_matmul.table()
+    if w.act is not None:
+        op, table = "int8_matmul", _int8_matmul.table()
+        native, _ = _table(_Static(w.act, group, transpose_w, _bits(w)))
+        if native.refuses(problem, platform) is None:
+            table = (native,)
     choice = choose(table, problem, platform)
     if isinstance(w, PrepackedArray):
         if choice.implementation.name != "cpu":
@@ -234,7 +247,7 @@ def _int_linear(static, x, values, scale, zero, act_scale, act_offset):
 
 
 def _table(static: _Static) -> tuple[Implementation, ...]:
-    """Rows quantized and multiplied in one native call, else in two steps by `int8_matmul`."""
+    """Rows quantized and multiplied in one native call, else in two steps."""
 
     def refuses(problem: Problem, platform: str) -> str | None:
         assert static.act is not None
@@ -243,12 +256,11 @@ def _table(static: _Static) -> tuple[Implementation, ...]:
         return cpu_refuses(problem, platform)
 
     does = "native: rows quantized inside, uint8 x int8 -> int32"
-    steps = [
-        Implementation(i.name, i.does, functools.partial(_in_steps, static, i.name), i.refuses)
-        for i in _int8_matmul.table()
-        if i.name != "cpu"
-    ]
-    return (Implementation("cpu", does, functools.partial(_cpu, static), refuses), *steps)
+    steps = functools.partial(_in_steps, static, None)
+    return (
+        Implementation("cpu", does, functools.partial(_cpu, static), refuses),
+        Implementation("reference", "rows quantized, then int8_matmul", steps),
+    )
 
 
 def _in_steps(static, implementation, x, values, scale, zero, act_scale, act_offset):

@@ -22,6 +22,7 @@ from jaxcompress.ops._int8_matmul import (
     matmul_shape,
     scaled_sums,
 )
+from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton
 
 __all__ = ["quantized_matmul"]
 
@@ -66,8 +67,8 @@ def quantized_matmul(
       dtype: of the result; that of `x` by default.
       implementation: "cpu" (the native kernels) and "xla" (on the CPU: each row of
         activations as int8 digits, exact down to 2^-28 of its largest; a row that is not
-        finite becomes NaN), "reference", or None for the first that does the shape on the
-        platform.
+        finite becomes NaN), "pallas_tpu" or "triton" (decoded in registers), "reference",
+        or None for the first that serves the shape on the platform.
 
     Returns:
       `[..., m, n]` of `dtype`, summed in float32 or exactly. Differentiable in `x` and
@@ -144,6 +145,8 @@ def _matmul(static, x, w, scale, zero_point):
         bits=static.bits,
         group_size=static.group_size,
         dtype=x.dtype.name,
+        packed=w.dtype == jnp.uint8 and static.bits < 8,
+        transpose_w=static.transpose_w,
     )
     return dispatch(_table(static), problem, static.implementation, x, w, scale, zero_point)
 
@@ -258,6 +261,72 @@ def _xla_refuses(problem: Problem, platform: str) -> str | None:
     return None
 
 
+def _pallas_tpu(static: _Static, *operands: jax.Array | None) -> jax.Array:
+    from jaxcompress.kernels.quantized_matmul import pallas_tpu as kernel
+
+    return _decoded(static, kernel.quantized_matmul, chip("tpu"), *operands)
+
+
+def _triton(static: _Static, *operands: jax.Array | None) -> jax.Array:
+    from jaxcompress.kernels.quantized_matmul import triton as kernel
+
+    return _decoded(static, kernel.quantized_matmul, chip("cuda") or chip("rocm"), *operands)
+
+
+def _decoded(static, kernel, chip, x, w, scale, zero):
+    """Leading dimensions as one, a scale for each column, as kernels take them."""
+    *lead, m, k = x.shape
+    if static.panels is not None:
+        w = from_panels(w, static.bits, k, static.panels, transpose_w=static.transpose_w)
+    n = w.shape[-2] if static.transpose_w else w.shape[-1]
+    groups = -(-k // static.group_size) if static.group_size and static.group_size < k else 1
+
+    def columns(a):
+        if a is None:
+            return None
+        a = jnp.swapaxes(a, -1, -2) if static.transpose_w else a
+        return jnp.broadcast_to(a, (*lead, groups, n)).reshape(-1, groups, n)
+
+    run = functools.partial(
+        kernel,
+        bits=static.bits,
+        group_size=static.group_size,
+        transpose_w=static.transpose_w,
+        dtype=static.dtype,
+        chip=chip,
+    )
+    rows = "k" if w.dtype == jnp.int8 else "p"  # of bit planes there are fewer
+    letters = ("bmk", f"bn{rows}" if static.transpose_w else f"b{rows}n", "bgn", "bgn")
+    flat = lambda a: a.reshape(-1, *a.shape[-2:])
+    out = call_kernel(run, letters, flat(x), flat(w), columns(scale), columns(zero))
+    return out.reshape(*lead, m, n)
+
+
+def _kernel_refuses(problem: Problem, dtypes: tuple[str, ...]) -> str | None:
+    group = problem.group
+    if problem.dtype not in dtypes:
+        return f"it takes {' and '.join(dtypes)}, not {problem.dtype}"
+    if group and (group < 32 or group & (group - 1)):
+        return f"its groups are powers of two from 32 on, not {group}"
+    if problem.packed and problem.transpose_w:
+        return "it unpacks bit planes along the rows of w, not along its columns"
+    return None
+
+
+def _pallas_tpu_refuses(problem: Problem, platform: str) -> str | None:
+    return no_pallas_tpu(platform) or _kernel_refuses(problem, ("float32", "bfloat16"))
+
+
+def _triton_refuses(problem: Problem, platform: str) -> str | None:
+    return no_triton(platform) or _kernel_refuses(problem, ("float32", "bfloat16", "float16"))
+
+
+def _kernel_defers(problem: Problem, platform: str) -> str | None:
+    if problem.k < 256 or problem.n < 128:
+        return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
+    return None
+
+
 def scaled_dot(
     x: jax.Array,
     codes: jax.Array,
@@ -299,9 +368,14 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
         return functools.partial(run, static)
 
     decodes = "a float product of the decoded weight"
+    fused = "a float product of the weight, decoded in registers"
     return (
         Implementation("cpu", "activations as int8 digits, native", bound(_cpu), _cpu_refuses),
         Implementation("xla", "activations as int8 digits by XLA", bound(_xla), _xla_refuses),
+        Implementation(
+            "pallas_tpu", fused, bound(_pallas_tpu), _pallas_tpu_refuses, _kernel_defers
+        ),
+        Implementation("triton", fused, bound(_triton), _triton_refuses, _kernel_defers),
         Implementation("reference", decodes, bound(_reference)),
     )
 

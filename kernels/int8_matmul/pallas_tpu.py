@@ -1,0 +1,147 @@
+"""int8 x int8 -> int32 on the matrix unit of a TPU, scaled before it leaves fast memory.
+
+A block of the result stays in VMEM while the blocks along `k` pass by; the last of them
+brings zero points, scales and the cast. Blocks that reach over `m` or `n` are cut when
+they are stored; what lies beyond `k` is made zero on the side of `x`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+__all__ = ["BLOCKS", "blocks", "int8_matmul"]
+
+# (block_m, block_n, block_k) by `device_kind`. A block of int8 has at least 32 rows and
+# 128 columns. The larger m and n, the fewer times an operand is read: the products per
+# byte, block_m block_n / (block_m + block_n), are to pass the chip's ridge at m = n = k =
+# 4096. Chosen from published bandwidths and from what fits; no device has measured them.
+BLOCKS = {
+    "TPU v5 lite": (1024, 1024, 512),
+    "TPU v5": (512, 1024, 512),
+    "TPU v6 lite": (2048, 2048, 512),
+    "TPU7x": (512, 1024, 512),
+}
+DEFAULT = (512, 512, 512)
+_STRIP = 256  # rows that the program spells out; a taller block is a loop over such strips
+_VMEM = 96 * 2**20  # what a kernel may take; the compiler refuses more than the chip has
+
+
+def blocks(m: int, n: int, k: int, chip: str | None = None) -> tuple[int, int, int]:
+    """The blocks for a product of this size: a function of shape and chip alone."""
+    block_m, block_n, block_k = BLOCKS.get(chip or "", DEFAULT)
+    # A block may be the whole of a dimension, whatever its size; and one that divides `k`
+    # needs no mask.
+    whole = [c for c in range(block_k, 127, -128) if k % c == 0]
+    strips = m if m <= _STRIP else -(-m // _STRIP) * _STRIP
+    return min(strips, block_m), min(n, block_n), min(k, whole[0] if whole else block_k)
+
+
+def int8_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    x_scale: jax.Array | None = None,
+    w_scale: jax.Array | None = None,
+    w_zero_point: jax.Array | None = None,
+    *,
+    transpose_w: bool = False,
+    dtype: Any = jnp.float32,
+    chip: str | None = None,
+    block: tuple[int, int, int] | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """`(x @ (w - w_zero_point)) * x_scale * w_scale`, the product exact in int32.
+
+    `x[b, m, k]`, `w[b, k, n]` (`[b, n, k]` with `transpose_w`), `x_scale[b, m, 1]`,
+    `w_scale[b, 1, n]`, `w_zero_point[b, 1, n]`; int32 without scales, else `dtype`.
+    """
+    b, m, k = x.shape
+    n = w.shape[1 if transpose_w else 2]
+    scaled = x_scale is not None or w_scale is not None
+    out = jax.ShapeDtypeStruct(
+        (b, m, n), dtype if scaled else jnp.int32, manual_axis_type=_varying(x, w)
+    )
+    if 0 in (b, m, n, k):
+        return jnp.zeros(out.shape, out.dtype)
+    block_m, block_n, block_k = block or blocks(m, n, k, chip)
+    row = pl.BlockSpec((None, block_m, 1), lambda b, i, j, k: (b, i, 0))
+    column = pl.BlockSpec((None, 1, block_n), lambda b, i, j, k: (b, 0, j))
+    operands = {"x": x, "w": w}
+    specs = [
+        pl.BlockSpec((None, block_m, block_k), lambda b, i, j, k: (b, i, k)),
+        pl.BlockSpec((None, block_n, block_k), lambda b, i, j, k: (b, j, k))
+        if transpose_w
+        else pl.BlockSpec((None, block_k, block_n), lambda b, i, j, k: (b, k, j)),
+    ]
+    if w_zero_point is not None:
+        # Every product is too large by the sum of its row of x, times the zero point.
+        operands["sums"] = jnp.sum(x, -1, keepdims=True, dtype=jnp.int32)
+        operands["zero"] = w_zero_point.astype(jnp.int32)
+        specs += [row, column]
+    if x_scale is not None:
+        operands["x_scale"] = x_scale.astype(jnp.float32)
+        specs.append(row)
+    if w_scale is not None:
+        operands["w_scale"] = w_scale.astype(jnp.float32)
+        specs.append(column)
+    kernel = functools.partial(_kernel, tuple(operands), transpose_w, k)
+    return pl.pallas_call(
+        kernel,
+        grid=(b, pl.cdiv(m, block_m), pl.cdiv(n, block_n), pl.cdiv(k, block_k)),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((None, block_m, block_n), lambda b, i, j, k: (b, i, j)),
+        out_shape=out,
+        scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.int32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM,
+        ),
+        interpret=interpret,
+        name="int8_matmul",
+    )(*operands.values())
+
+
+def _kernel(names, transpose_w, k_size, *refs):
+    *inputs, out, sums = refs
+    ref = dict(zip(names, inputs))
+    step, steps = pl.program_id(3), pl.num_programs(3)
+    block_m, block_k = ref["x"].shape
+    strip = _STRIP if block_m % _STRIP == 0 else block_m
+
+    @pl.loop(0, block_m // strip)
+    def _(i):
+        rows = pl.ds(pl.multiple_of(i * strip, strip), strip)
+
+        @pl.when(step == 0)
+        def _():
+            sums[rows, :] = jnp.zeros((strip, sums.shape[1]), sums.dtype)
+
+        x = ref["x"][rows, :]
+        if k_size % block_k:
+            column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+            x = jnp.where(column < k_size - step * block_k, x, 0)
+        contract = ((1,), (1 if transpose_w else 0,))
+        sums[rows, :] += lax.dot_general(
+            x, ref["w"][...], (contract, ((), ())), preferred_element_type=jnp.int32
+        )
+
+        @pl.when(step == steps - 1)
+        def _():
+            result = sums[rows, :]
+            if "zero" in ref:
+                result = result - ref["sums"][rows, :] * ref["zero"][...]
+            if "x_scale" in ref:
+                result = result.astype(jnp.float32) * ref["x_scale"][rows, :]
+            if "w_scale" in ref:
+                result = result.astype(jnp.float32) * ref["w_scale"][...]
+            out[rows, :] = result.astype(out.dtype)
+
+
+def _varying(*operands):
+    """Within `shard_map`, the axes of the mesh over which any operand varies."""
+    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
+    return jax.sharding.ManualAxisType(varying=axes)
