@@ -11,11 +11,12 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-NATIVE = Path(__file__).resolve().parent / "kernels" / "cpu"
+# By the package's name: a source distribution has a folder where the checkout has a link.
+NATIVE = Path(__file__).resolve().parent / "jaxcompress" / "kernels" / "cpu"
 
 
 def native_build():
-    """kernels/cpu/build.py as a module: the package is not importable yet."""
+    """jaxcompress/kernels/cpu/build.py as a module: the package is not importable yet."""
     spec = importlib.util.spec_from_file_location("native_build", NATIVE / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -23,7 +24,7 @@ def native_build():
 
 
 class BuildNative(build_ext):
-    """Compiles with kernels/cpu/build.py; without a compiler the package comes without it."""
+    """Compiles with build.py; without a compiler the package comes without it."""
 
     def build_extension(self, ext):
         build = native_build()

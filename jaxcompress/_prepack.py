@@ -18,8 +18,7 @@ def prepack(params: Any) -> Any:
     The values, their scales and `materialise` stay the same, and one copy serves every
     batch size; only products get faster, most of all with few rows. An array that is not
     prepacked runs too: its bytes are rearranged at every call, and `jaxcompress.explain`
-    says so. Files keep the canonical order: `jaxcompress.io.save` writes the same bytes for
-    either.
+    says so. Files keep the canonical order: `jaxcompress.io.save` writes that of either.
 
     On the CPU, `QuantizedArray` leaves become `PrepackedArray`s. A leaf stays as it is if
     its contracted axes are not known from the axes that share scales, or if they are not

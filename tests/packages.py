@@ -47,6 +47,8 @@ def environment(folder: Path) -> Path:
     """A fresh environment's Python; it sees this one's packages, jaxcompress apart."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
+    # The one that Python brings is older than pyproject.toml asks for; see the borrowed one.
+    run(python, "-m", "pip", "uninstall", "-q", "-y", "setuptools")
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
     # A plain path, so that the .pth of an editable install over there is not read.
     Path(site, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")

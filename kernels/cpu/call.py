@@ -200,12 +200,12 @@ def _cuts(mesh: Any, axes: Any, n: int, call: Call) -> bool:
 
 
 def _sharding_rule(call, mesh, operand_types, result_types):
-    n = result_types[0].shape[-1]
-    whole = call.layout == PANELS and n % 16 == 0
-    columns, sizes = ("(p c)", dict(p=n // 16, c=16)) if whole else ("n", {})
-    panels = "b p q c i" if whole else "b u q v i"
+    whole = result_types[0].shape[-1] % 16 == 0
+    columns, panels = "n", "b u q v i"
+    if call.layout == PANELS and whole:
+        columns, panels = "(p c)", "b p q c i"
     w = {PANELS: panels, ROW_MAJOR: f"b r {columns}", COLUMN_MAJOR: f"b {columns} r"}[call.layout]
     terms = ["b m k", w]
     terms += [f"b g {columns}", f"b h {columns}"][: 0 if call.integers else 1 + call.has_zero]
     terms += ["b s t"] * call.has_x_scale
-    return ", ".join(terms) + f" -> b m {columns}", sizes
+    return ", ".join(terms) + f" -> b m {columns}"

@@ -11,6 +11,9 @@ constexpr size_t kStrip = 256;
 // Rows that pass a strip before the next is decoded; a multiple of 3, 4 and 6, so that
 // tiles are full and the digits of a row stay together.
 constexpr size_t kRowBlock = 96;
+// Up to this many rows, decoding in registers, for every tile, costs less than a trip through
+// the cache.
+constexpr size_t kFewRows = 24;
 // Products below this many stay on the calling thread: waking another takes longer.
 constexpr size_t kSmall = size_t{1} << 20;
 
@@ -65,7 +68,7 @@ class Block {
       return multiply_strip(panel(0), p_.panel_bytes(), 0, p_.k);
     }
     const bool whole_blocks = p_.group == p_.k || p_.group % kBlock == 0;
-    const bool few = p_.layout == Layout::kPanels && rows_ <= path_.rows;
+    const bool few = p_.layout == Layout::kPanels && rows_ <= kFewRows;
     if (p_.bits == 4 && few && whole_blocks && path_.tile4) return multiply_planes();
     for (size_t k = 0; k < p_.k; k += kStrip) {
       const size_t end = std::min(p_.k, k + kStrip);
@@ -119,14 +122,20 @@ class Block {
     }
   }
 
-  // All groups of a few rows, decoded on the way.
+  // All groups of a few rows, decoded on the way; strip by strip, so that the second tile
+  // finds the bytes in the cache.
   void multiply_planes() {
-    for (size_t at = 0; at < p_.k; at += p_.group) {
-      const size_t group = at / p_.group, size = std::min(p_.group, p_.k - at);
-      start(group);
-      path_.tile4({x_.codes + at, x_.stride}, rows_, panel(0) + at / 2 * kPanel, panels_,
-                  p_.panel_bytes(), (size + kBlock - 1) / kBlock, acc_);
-      finish(group);
+    for (size_t at = 0; at < p_.k;) {
+      const size_t group = at / p_.group, group_end = std::min((group + 1) * p_.group, p_.k);
+      const size_t stop = std::min(at + kStrip, group_end);
+      if (at == group * p_.group) start(group);
+      for (size_t row = 0; row < rows_; row += path_.rows) {
+        const Rows x = {x_.codes + row * x_.stride + at, x_.stride};
+        path_.tile4(x, std::min(path_.rows, rows_ - row), panel(0) + at / 2 * kPanel, panels_,
+                    p_.panel_bytes(), (stop - at + kBlock - 1) / kBlock, acc_ + row * kColumns);
+      }
+      if (stop == group_end) finish(group);
+      at = stop;
     }
   }
 
@@ -230,7 +239,7 @@ void quantize_rows(const Path& path, const Problem& p, const float* x, float hig
 void copy_rows(const Path& path, const Problem& p, const int8_t* x, const Workers& workers,
                Activations to) {
   each_row(workers, p, [&](size_t row) {
-    std::memcpy(to.codes + row * p.stride(), x + row * p.k, p.k);
+    std::copy_n(x + row * p.k, p.k, to.codes + row * p.stride());
     finish_row(path, p, row, to);
   });
 }

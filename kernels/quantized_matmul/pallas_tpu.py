@@ -131,7 +131,7 @@ def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
     *zero_ref, out_ref, weight_ref, sums_ref = refs
     step, steps = pl.program_id(3), pl.num_programs(3)
     block_m, block_k = x_ref.shape[0], weight_ref.shape[0]
-    here = slice(None)
+    here: Any = slice(None)
     if x_ref.shape[1] > block_k:
         here = pl.ds(pl.multiple_of(step * block_k, block_k), block_k)
     strip = _STRIP if block_m % _STRIP == 0 else block_m
