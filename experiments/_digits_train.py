@@ -134,6 +134,8 @@ def fit_students(
         lambda s: jax.random.fold_in(jax.random.fold_in(jax.random.key(1), phase), s)
     )(jnp.asarray(seeds))
     init = jax.vmap(lambda k: student.init(k, data.train.x[:1]))(key(0))
+    # The learning rates and the weight decay were chosen on the validation digits.
+    first = lambda _: optax.adamw(cosine(2e-3, epochs, data), weight_decay=1e-2)
     adam = lambda peak, n: lambda _: optax.adam(cosine(peak, n, data))
     prune = jc.prune.prune(
         jc.prune.magnitude(),
@@ -148,10 +150,10 @@ def fit_students(
         number = key(1 + len(fits))
         fits[name] = fit(apply, start, optimizer, loss, data, table, number, n, advance, extra)
 
-    phase("dense", init, adam(1e-3, epochs), hard_loss, epochs)
-    phase("distilled", init, adam(1e-3, epochs), soft_loss, epochs)
+    phase("dense", init, first, hard_loss, epochs)
+    phase("distilled", init, first, soft_loss, epochs)
     distilled = fits["distilled"].params
-    pruning = lambda _: optax.chain(optax.adam(cosine(1e-3, epochs, data)), prune)
+    pruning = lambda _: optax.chain(optax.adam(cosine(2e-3, epochs, data)), prune)
     phase("pruned", distilled, pruning, soft_loss, epochs)
     masks = jc.prune.masks(fits["pruned"].state)
     kept = lambda m: optax.chain(optax.adam(cosine(5e-4, short, data)), jc.prune.keep(m))

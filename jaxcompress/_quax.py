@@ -3,7 +3,8 @@
 quax interprets a function and lets `quax.register`ed rules see compressed arrays
 where the function has dense ones. Three things that its trace cannot do yet are given
 to it here, each only where it is absent: functions with a custom backward pass,
-`shard_map`, and `jax.checkpoint`.
+`shard_map`, and `jax.checkpoint`. And what a jitted function returns untouched stays
+the object that it was.
 """
 
 import sys
@@ -16,12 +17,23 @@ import quax
 from jax._src import core
 from jax._src.interpreters import ad
 from jax._src.lax.lax import ragged_dot_general_p
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.extend.core.primitives import remat_p, stop_gradient_p
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core.primitives import jit_p, remat_p, stop_gradient_p
+from jax.typing import ArrayLike
+from quax._primitives import jit_quax
 from quax._trace import _QuaxTrace, _QuaxTracer
-from quax._values import _dense
+from quax._values import _dense, _DenseArrayValue
 
-__all__ = ["differentiated_inside", "ragged_dot_general_p", "run", "stop_gradient_p"]
+__all__ = [
+    "differentiated_inside",
+    "held_by",
+    "pvary_p",
+    "ragged_dot_general_p",
+    "run",
+    "stop_gradient_p",
+]
+
+pvary_p = core.pvary_p  # within `shard_map`: what was alike on all devices may differ from now on
 
 
 def run(fn: Callable[..., Any], leaves: list[Any]) -> list[Any]:
@@ -75,6 +87,22 @@ def _checkpoint(*args, jaxpr, prevent_cse, differentiated, policy, **params):
     body = quax.quaxify(jaxpr_as_fun(ClosedJaxpr(jaxpr, ())))
     inner = lambda *leaves: body(*jax.tree.unflatten(treedef, leaves))
     return jax.checkpoint(inner, prevent_cse=prevent_cse, policy=policy)(*leaves)
+
+
+@quax.register(jit_p, precedence=1)
+def _jit(*args: ArrayLike | quax.ArrayValue, jaxpr, **params):
+    """quax's own rule. `nnx.jit` returns the whole module: only what it changed is new."""
+    passed = {id(var): arg for var, arg in zip(jaxpr.jaxpr.invars, args)}
+    out = jit_quax(*args, jaxpr=jaxpr, **params)
+    outvars = jaxpr.jaxpr.outvars
+    return [o if isinstance(v, Literal) else passed.get(id(v), o) for v, o in zip(outvars, out)]
+
+
+def held_by(leaf: Any) -> Any:
+    """The array that a leaf of a traced function stands for, the same for each of its tracers."""
+    if not isinstance(leaf, _QuaxTracer):
+        return leaf
+    return leaf.value.array if isinstance(leaf.value, _DenseArrayValue) else leaf.value
 
 
 def differentiated_inside(array: Any) -> bool:

@@ -95,6 +95,27 @@ def assert_compressed(rows, *ops):
     assert sorted(row.op for row in rows) == sorted(ops), f"\n{rows}"
 
 
+def decoded(params):
+    """`params` in numpy float64, every quantized array by what it stands for."""
+    return jax.tree.map(
+        lambda leaf: (
+            oracles.dense(leaf)
+            if isinstance(leaf, QuantizedArray)
+            else np.asarray(leaf, np.float64)
+        ),
+        params,
+        is_leaf=jc.arrays.is_compressed,
+    )
+
+
+def assert_model(got, want, steps=32):
+    """`got` is a few float32 layers: `steps` roundings of the largest number of `want`."""
+    got = np.asarray(got, np.float64)
+    assert got.shape == np.shape(want)
+    worst = np.max(np.abs(got - want)) / np.max(np.abs(want))
+    assert worst <= steps * EPS, f"the relative error is {worst:.3g}"
+
+
 def assert_valid(q):
     """The documented invariants of a `QuantizedArray`."""
     assert isinstance(q, QuantizedArray)

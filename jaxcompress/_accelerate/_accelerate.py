@@ -77,9 +77,9 @@ def _is_value(x: Any) -> bool:
 
 def _refuse_lost_updates(leaves: list[Any], after: Any, out_leaves: list[Any]) -> None:
     """Raises if an argument was changed in place and the change is not in the result."""
-    kept = {id(leaf) for leaf in (*leaves, *out_leaves)}
+    kept = {id(_quax.held_by(leaf)) for leaf in (*leaves, *out_leaves)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(after):
-        if id(leaf) not in kept:
+        if id(_quax.held_by(leaf)) not in kept:
             raise TypeError(
                 f"{path_string(path[1:])} was updated in place inside accelerate, on a copy, and "
                 "not returned, so the update would be lost. Return the updated module or "

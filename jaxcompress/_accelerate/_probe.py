@@ -17,7 +17,7 @@ import quax
 from jax import lax
 from jax.extend.core import Primitive
 
-from jaxcompress._quax import ragged_dot_general_p, stop_gradient_p
+from jaxcompress._quax import pvary_p, ragged_dot_general_p, stop_gradient_p
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import blocks_of
 
@@ -249,6 +249,12 @@ def concatenate(arrays: Sequence[Any], dimension: int) -> Any:
     return replace(first, weight=lax.concatenate(dense, dimension), taps=taps, paths=paths)
 
 
+_view(
+    pvary_p,
+    lambda p, **params: _moved(
+        p, pvary_p.bind(p.weight, **params), p.origin, lambda tap: pvary_p.bind(tap, **params)
+    ),
+)
 _elementwise(lax.convert_element_type_p)
 _elementwise(lax.copy_p)
 _elementwise(lax.sharding_constraint_p)

@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jaxcompress._accelerate import _probe, _products
 from jaxcompress._accelerate._gather import gather
 from jaxcompress._accelerate._named import mark
-from jaxcompress._quax import ragged_dot_general_p, stop_gradient_p
+from jaxcompress._quax import pvary_p, ragged_dot_general_p, stop_gradient_p
 from jaxcompress.arrays import CompressedArray, QuantizedArray, _views
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import reshape
@@ -103,6 +103,11 @@ def _constrain(x: CompressedArray, **params: Any) -> Any:
     if not isinstance(small, QuantizedArray):
         return lax.sharding_constraint_p.bind(small, **params)
     return replace(small, values=lax.sharding_constraint_p.bind(small.values, **params))
+
+
+@quax.register(pvary_p)
+def _vary(x: CompressedArray, **params: Any) -> Any:
+    return jax.tree.map(lambda leaf: pvary_p.bind(leaf, **params), x)
 
 
 @quax.register(lax.optimization_barrier_p)

@@ -155,6 +155,10 @@ def test_write_json_replaces_whole_files(tmp_path):
         harness.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        harness.write_json(tmp_path / "folder", {"a": 2})
+    assert {found.name for found in tmp_path.iterdir()} == {"record.json", "folder"}
 
 
 def test_environment_says_how_to_repeat_a_run(monkeypatch):

@@ -59,7 +59,7 @@ def test_the_whole_file_loads(saved, survives):
     assert survives(saved)
 
 
-@pytest.mark.parametrize("bits", [0xFF, 0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80])
+@pytest.mark.parametrize("bits", [0xFF, 0x01, 0x02, 0x20])
 def test_every_byte_of_the_header(saved, survives, bits):
     loaded = [p for p in range(header_size(saved)) if survives(flipped(saved, p, bits))]
     # Only the blanks that fill the header up can change into other blanks.

@@ -1,5 +1,7 @@
 """Trees to save: every container, every dtype, and a model that uses them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ def model(params, x):
     return x @ params["twin"]
 
 
+@functools.cache
 def compressed():
     """One layer in each format, sixteen by sixteen."""
     random = np.random.default_rng(0)

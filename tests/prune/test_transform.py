@@ -19,8 +19,8 @@ PARTS = jc.prune.magnitude(), jc.prune.unstructured(), jc.prune.constant(SPARSIT
 
 
 def parameters():
-    """float32 and bfloat16 in one tree, with ties: whole numbers, some of them zero."""
-    whole = lambda *shape, seed: np.round(2 * random(*shape, seed=seed))
+    """float32 and bfloat16 in one tree; with ties, some of them zero; thirds have all digits."""
+    whole = lambda *shape, seed: np.round(2 * random(*shape, seed=seed)) / np.float32(3)
     return {
         "single": jnp.asarray(whole(7, 5, seed=0)),
         "half": jnp.asarray(whole(6, 6, seed=1), jnp.bfloat16),
@@ -42,8 +42,8 @@ OPTIMIZERS = {
     "lion": lambda: optax.lion(0.1),
     "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=4),
     "muon": lambda: optax.contrib.muon(0.1),
-    "wider updates": lambda: cast(jnp.float32),
-    "narrower updates": lambda: cast(jnp.bfloat16),
+    "wider-updates": lambda: cast(jnp.float32),
+    "narrower-updates": lambda: cast(jnp.bfloat16),
 }
 
 
@@ -71,35 +71,35 @@ def inject(form):
 
 # What goes around: a function of the form of pruning. A chain is `prune` itself.
 WRAPPERS = {
-    "chain": lambda form: optax.chain(optax.clip_by_global_norm(1.0), form(optax.adam(0.1))),
-    "named_chain": lambda form: optax.named_chain(
+    "in-chain": lambda form: optax.chain(optax.clip_by_global_norm(1.0), form(optax.adam(0.1))),
+    "in-named_chain": lambda form: optax.named_chain(
         ("clip", optax.clip(0.5)), ("pruned", form(optax.adam(0.1)))
     ),
-    "MultiSteps": lambda form: optax.MultiSteps(form(optax.adam(0.1)), every_k_schedule=2),
-    "multi_transform": lambda form: optax.multi_transform(
+    "in-MultiSteps": lambda form: optax.MultiSteps(form(optax.adam(0.1)), every_k_schedule=2),
+    "in-multi_transform": lambda form: optax.multi_transform(
         {"pruned": form(optax.adam(0.1)), "plain": optax.sgd(0.1)}, labels
     ),
-    "masked": lambda form: optax.masked(
+    "in-masked": lambda form: optax.masked(
         form(optax.adam(0.1)), lambda p: jax.tree.map(lambda x: x.ndim == 2, p)
     ),
-    "inject_hyperparams": inject,
-    "apply_if_finite": lambda form: optax.apply_if_finite(form(optax.adam(0.1)), 3),
-    "skip_not_finite": lambda form: optax.MultiSteps(
+    "in-inject_hyperparams": inject,
+    "in-apply_if_finite": lambda form: optax.apply_if_finite(form(optax.adam(0.1)), 3),
+    "in-skip_not_finite": lambda form: optax.MultiSteps(
         form(optax.sgd(0.1)), 1, should_skip_update_fn=optax.skip_not_finite
     ),
-    "around schedule_free": lambda form: form(optax.contrib.schedule_free_sgd(0.1)),
-    "around flatten": lambda form: form(optax.flatten(optax.adam(0.1))),
-    "around masked": lambda form: form(
+    "around-schedule_free": lambda form: form(optax.contrib.schedule_free_sgd(0.1)),
+    "around-flatten": lambda form: form(optax.flatten(optax.adam(0.1))),
+    "around-masked": lambda form: form(
         optax.masked(optax.trace(0.9), lambda p: jax.tree.map(lambda x: x.ndim == 2, p))
     ),
 }
 FORMS = {"prune": prune, "sparsify": sparsify}
 CASES = {
-    f"{form} {name}": (lambda f, o: lambda: f(o()))(FORMS[form], OPTIMIZERS[name])
+    f"{form}-{name}": (lambda f, o: lambda: f(o()))(FORMS[form], OPTIMIZERS[name])
     for form in FORMS
     for name in OPTIMIZERS
 } | {
-    f"{form} in {name}": (lambda f, w: lambda: w(f))(FORMS[form], WRAPPERS[name])
+    f"{form}-{name}": (lambda f, w: lambda: w(f))(FORMS[form], WRAPPERS[name])
     for form in FORMS
     for name in WRAPPERS
 }
