@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcompress as jc
-import oracles
 from checks import assert_einsum, made, random
 from jaxcompress.arrays._prepacked import prepack_array
 from jaxcompress.arrays._qtype import Activation, IntType
