@@ -65,9 +65,15 @@ def packed(w, pattern, sparsity, **kwargs):
     return jc.prune.pack({"w": w}, masks, pattern=pattern, **kwargs)["w"], np.asarray(masks["w"])
 
 
-@pytest.mark.parametrize("ratio", [(2, 4), (1, 2), (4, 8), (1, 4), (3, 5)], ids=str)
-@pytest.mark.parametrize("axis", [0, 1, -1], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("ratio", "axis", "dtype"),
+    [
+        *((ratio, -1, "float32") for ratio in ((2, 4), (1, 2), (4, 8), (1, 4), (3, 5))),
+        *(((2, 4), axis, "float32") for axis in (0, 1)),
+        ((2, 4), -1, "bfloat16"),
+    ],
+    ids=str,
+)
 def test_nm_keeps_what_the_mask_keeps(ratio, axis, dtype):
     w = jnp.asarray(random(40, 40, 40)[:, :, :3] if axis != -1 else random(2, 3, 40), dtype)
     array, mask = packed(w, jc.prune.nm(*ratio, axis=axis), 1.0)
@@ -113,7 +119,7 @@ def test_quantized_values(name, kind):
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (30, 41), (2, 3, 17, 9), (5, 5)], ids=str)
-@pytest.mark.parametrize("block", [(8, 16), (4, 4), (3, 7), (1, 8), (64, 64)], ids=str)
+@pytest.mark.parametrize("block", [(8, 16), (3, 7), (64, 64)], ids=str)
 @pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
 def test_blocks_keep_what_the_mask_keeps(shape, block, sparsity):
     w = jnp.asarray(random(*shape))
