@@ -1,5 +1,6 @@
 """`layout`: along which axes each weight is contracted, found by tracing."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from jaxcompress._paths import map_with_paths
 from jaxcompress.arrays import is_compressed
 
 __all__ = ["Layout", "layout"]
+
+_tokens = itertools.count()
 
 
 class Layout(NamedTuple):
@@ -49,11 +52,15 @@ def layout(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
     Layout(contract=(-2,), output=(-1,), batch=(), why='')
     """
 
+    # JAX and quax remember traced functions by their static fields, and a meeting that is
+    # remembered is not noted again. A path that nobody has used before is.
+    token = f"#{next(_tokens)}"
+
     def probe(path: str, leaf: Any) -> Any:
         if not is_weight(leaf):
             return leaf
         dense = leaf.materialise() if is_compressed(leaf) else leaf
-        return Probe(dense, origin=tuple((a,) for a in range(-leaf.ndim, 0)), path=path)
+        return Probe(dense, origin=tuple((a,) for a in range(-leaf.ndim, 0)), path=path + token)
 
     def call(params: Any, *args: Any) -> Any:
         return accelerate(fn)(map_with_paths(probe, params), *args)
@@ -65,7 +72,7 @@ def layout(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
         by_path.setdefault(meeting.path, []).append(meeting)
 
     def read(path: str, leaf: Any) -> Layout | None:
-        return _combine(by_path.get(path, []), leaf.ndim) if is_weight(leaf) else None
+        return _combine(by_path.get(path + token, []), leaf.ndim) if is_weight(leaf) else None
 
     return map_with_paths(read, params)
 

@@ -1,5 +1,7 @@
 """Quantization: specs, rounding to nearest, and training for it."""
 
+from jaxcompress._sequential import Finished
+from jaxcompress.quantize._gptq import gptq
 from jaxcompress.quantize._qat import convert, freeze, prepare_qat, trainable
 from jaxcompress.quantize._quantize import quantize
 from jaxcompress.quantize._specs import (
@@ -16,9 +18,11 @@ from jaxcompress.quantize._specs import (
 )
 
 __all__ = [
+    "Finished",
     "Spec",
     "convert",
     "freeze",
+    "gptq",
     "int2",
     "int3",
     "int4",
