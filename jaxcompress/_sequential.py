@@ -48,6 +48,7 @@ def sequential(
     identity: Any,
     resume: str | Path | None = None,
     progress: Callable[[Finished], Any] | None = None,
+    skip_unmet: bool = False,
 ) -> Any:
     """Replaces the leaves at `wanted` one group of layers after the other.
 
@@ -66,12 +67,19 @@ def sequential(
       resume: a folder where each finished group is kept; a run that is started again with
         the same arguments goes on from there.
       progress: called with a `Finished` after each group.
+      skip_unmet: leave a leaf that is multiplied with nothing as it is, do not raise.
     """
     batches = list(batches)
     if not batches:
         raise ValueError("there are no batches to learn from")
     _refuse_other_shapes(batches)
     program = trace(fn, params, batches[0], wanted)
+    unmet = sorted(set(wanted) - {path for path, _ in program.products})
+    if unmet and not skip_unmet:
+        raise ValueError(
+            f"{unmet[0]!r} meets no product in the function, so nothing can be learnt about the "
+            "activations that it sees; leave it out of the rules"
+        )
     store = None if resume is None else _Store(Path(resume), [identity, params, batches])
     values = [[x for x in jax.tree.leaves(b) if is_array(x)] for b in batches]
     del batches

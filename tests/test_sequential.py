@@ -117,7 +117,15 @@ def test_a_weight_that_is_used_again_takes_what_is_between_into_its_group():
 def test_a_lookup_is_no_product():
     params = {"table": jnp.ones((4, 3))}
     with pytest.raises(ValueError, match="'table' meets no product"):
-        trace(lambda p, i: p["table"][i], params, jnp.array([1, 2]), {"table"})
+        sequential(
+            lambda p, i: p["table"][i],
+            params,
+            [jnp.array([1, 2])],
+            {"table"},
+            jc.statistics.absmax(),
+            print,
+            identity=None,
+        )
 
 
 def test_batches_of_other_shapes_raise():

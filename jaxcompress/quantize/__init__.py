@@ -2,8 +2,10 @@
 
 from jaxcompress._sequential import Finished
 from jaxcompress.quantize._gptq import gptq
+from jaxcompress.quantize._hqq import hqq
 from jaxcompress.quantize._qat import convert, freeze, prepare_qat, trainable
 from jaxcompress.quantize._quantize import quantize
+from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
 from jaxcompress.quantize._specs import (
     Spec,
     int2,
@@ -19,16 +21,21 @@ from jaxcompress.quantize._specs import (
 
 __all__ = [
     "Finished",
+    "LeafReport",
+    "Report",
     "Spec",
     "convert",
     "freeze",
     "gptq",
+    "hqq",
     "int2",
     "int3",
     "int4",
     "int8",
     "prepare_qat",
     "quantize",
+    "report",
+    "sensitivity",
     "trainable",
     "w4a4",
     "w4a8",

@@ -25,11 +25,17 @@ def full_scales(
     return minmax_scale(w, axis, group_size, qtype)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "group_size", "qtype"))
+@functools.partial(jax.jit, static_argnames=("axis", "group_size", "qtype", "norm"))
 def searched_scales(
-    w: jax.Array, importance: Any, *, axis: Axes, group_size: Axes | None, qtype: IntType
+    w: jax.Array,
+    importance: Any,
+    *,
+    axis: Axes,
+    group_size: Axes | None,
+    qtype: IntType,
+    norm: float = 2.0,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scales, among parts of the full ones, of least `sum importance (w - w_hat)^2`.
+    """The scales, among parts of the full ones, of least `sum importance |w - w_hat|^norm`.
 
     `importance` broadcasts against `w`. Each group chooses for itself.
     """
@@ -41,7 +47,7 @@ def searched_scales(
         tried = scale * shrink
         codes = encode(w, tried, zero, qtype, axis, group_size)
         back = (codes - offset) * spread(tried)
-        error = importance * (w.astype(jnp.float32) - back) ** 2
+        error = importance * jnp.abs(w.astype(jnp.float32) - back) ** norm
         error = reduce_groups(error, axis, group_size, jnp.sum, 0.0)
         better = error < best[0]
         return (jnp.where(better, error, best[0]), jnp.where(better, tried, best[1])), None
