@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file may import from its own layer and from those before it.
 LAYERS = [
     ["_quax", "_max_dtype", "_histogram", "_statistics", "_ranges", "arrays", "_paths", "_rules"],
-    ["ops"],
+    ["ops", "io"],
     ["_accelerate", "_layout", "_calibrate", "_prepack", "statistics"],
+    ["_program", "_matrices", "_sequential"],
     ["quantize", "prune", "distill"],
-    ["io"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 RUN_TIME = {"equinox", "jax", "jaxlib", "numpy", "optax", "quax", "safetensors"}

@@ -1,5 +1,6 @@
 """Quantization: specs, rounding to nearest, and training for it."""
 
+from jaxcompress._sequential import Finished
 from jaxcompress.quantize._format_specs import (
     binary,
     fp8_e4m3,
@@ -10,9 +11,12 @@ from jaxcompress.quantize._format_specs import (
     nvfp4,
     ternary,
 )
+from jaxcompress.quantize._gptq import gptq
+from jaxcompress.quantize._hqq import hqq
 from jaxcompress.quantize._methods import dorefa, lsq, lsq_plus, pact
 from jaxcompress.quantize._qat import convert, freeze, prepare_qat, trainable
 from jaxcompress.quantize._quantize import quantize
+from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
 from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
 from jaxcompress.quantize._specs import (
     Spec,
@@ -28,6 +32,9 @@ from jaxcompress.quantize._specs import (
 )
 
 __all__ = [
+    "Finished",
+    "LeafReport",
+    "Report",
     "Spec",
     "binary",
     "clip_weights",
@@ -38,6 +45,8 @@ __all__ = [
     "fp8_e5m2",
     "freeze",
     "freeze_ranges",
+    "gptq",
+    "hqq",
     "int2",
     "int3",
     "int4",
@@ -51,6 +60,8 @@ __all__ = [
     "pact",
     "prepare_qat",
     "quantize",
+    "report",
+    "sensitivity",
     "ternary",
     "trainable",
     "w4a4",
