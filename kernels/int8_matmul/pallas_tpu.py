@@ -19,7 +19,9 @@ __all__ = ["BLOCKS", "blocks", "int8_matmul"]
 # (block_m, block_n, block_k) by `device_kind`. A block of int8 has at least 32 rows and
 # 128 columns. The larger m and n, the fewer times an operand is read: the products per
 # byte, block_m block_n / (block_m + block_n), are to pass the chip's ridge at m = n = k =
-# 4096. Chosen from published bandwidths and from what fits; no device has measured them.
+# 4096. block_k is 1024 at most: a TPU7x has no int8 product and makes bfloat16 ones, which
+# are summed in float32 within a block, and 1024 x 128^2 = 2^24 is what that holds exactly.
+# Chosen from published bandwidths and from what fits; no device has measured them.
 BLOCKS = {
     "TPU v5 lite": (1024, 1024, 512),
     "TPU v5": (512, 1024, 512),
