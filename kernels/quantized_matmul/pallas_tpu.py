@@ -31,7 +31,7 @@ BLOCKS = {
 DEFAULT = (256, 512, 512)
 # What the program spells out of a product, and of a weight to decode; a larger block is a
 # loop over such tiles. Larger ones spill from the registers.
-_ROWS, _COLUMNS = 128, 256
+_ROWS, _COLUMNS = 64, 256
 _TALL, _TURNED = 256, 128  # rows; and columns at a time, of a weight that comes as [n, k]
 _RESIDENT = 2 * 2**20  # bytes of x that stay in fast memory whole: read once, not per column
 _VMEM = 64 * 2**20  # what a kernel may take; the compiler refuses more than the chip has
