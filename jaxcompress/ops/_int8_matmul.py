@@ -250,16 +250,16 @@ def _scaled(static, kernel, x, w, x_scale, w_scale, zero):
 def _pallas_tpu(static, *operands):
     from jaxcompress.kernels.int8_matmul import pallas_tpu as kernel
 
-    return _fused(static, kernel.int8_matmul, chip("tpu"), *operands)
+    return _fused(static, kernel.int8_matmul, chip("tpu"), False, *operands)
 
 
 def _triton(static, *operands):
     from jaxcompress.kernels.int8_matmul import triton as kernel
 
-    return _fused(static, kernel.int8_matmul, chip("cuda") or chip("rocm"), *operands)
+    return _fused(static, kernel.int8_matmul, chip("cuda") or chip("rocm"), True, *operands)
 
 
-def _fused(static, kernel, chip, x, w, x_scale, w_scale, zero):
+def _fused(static, kernel, chip, is_cut, x, w, x_scale, w_scale, zero):
     """Leading dimensions as one, scales spread over rows and columns, as kernels take them."""
     *lead, m, _ = x.shape
     n = w.shape[-2] if static.transpose_w else w.shape[-1]
@@ -275,6 +275,7 @@ def _fused(static, kernel, chip, x, w, x_scale, w_scale, zero):
         spread(x_scale, m, 1),
         spread(w_scale, 1, n),
         spread(zero, 1, n),
+        is_cut=is_cut,
     )
     return out.reshape(*lead, m, n)
 

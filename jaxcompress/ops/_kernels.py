@@ -17,7 +17,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["CHIPS", "call_kernel", "chip", "no_pallas_tpu", "no_triton"]
+__all__ = ["CHIPS", "call_kernel", "chip", "no_pallas_tpu", "no_triton", "not_cut"]
 
 # What the kernels are compiled for in every run of the checks, as `chip` names it.
 CHIPS = {
@@ -57,6 +57,16 @@ def no_triton(platform: str) -> str | None:
     return _unknown(platform)
 
 
+def not_cut(platform: str) -> str | None:
+    """Why a kernel should not be taken among several TPUs: XLA does not cut it over them."""
+    types = jax.sharding.get_abstract_mesh().axis_types
+    if platform != "tpu" or chip("tpu") is None or jax.device_count() == 1:
+        return None
+    if AxisType.Explicit in types or AxisType.Manual in types:
+        return None
+    return "XLA cannot cut it over several TPUs; it needs shard_map or a mesh of explicit axes"
+
+
 def _unknown(platform: str) -> str | None:
     here = chip(platform)
     if here is None or here in CHIPS[platform]:
@@ -70,11 +80,15 @@ def _has_jax_triton() -> bool:
 
 
 def call_kernel(
-    kernel: Callable[..., jax.Array], letters: Sequence[str], *operands: jax.Array | None
+    kernel: Callable[..., jax.Array],
+    letters: Sequence[str],
+    *operands: jax.Array | None,
+    is_cut: bool = True,
 ) -> jax.Array:
     """`kernel(*operands)`, which `vmap` turns into more rows or a larger batch.
 
-    Over several devices, each has its rows and columns; `k` is gathered.
+    Over several devices, each has its rows and columns; `k` is gathered. `is_cut` says
+    whether XLA may see to that where axes are not explicit: libtpu has no means to.
     """
     there = [i for i, operand in enumerate(operands) if operand is not None]
     names = [letters[i] for i in there]
@@ -84,7 +98,10 @@ def call_kernel(
         return _vary(kernel(*(given.get(i) for i in range(len(operands)))), *arrays)
 
     explicit = _explicit_mesh(*(operands[i] for i in there))
-    mapped = custom_vmap(_mapped(run, names, explicit) if explicit else _partitioned(run, names))
+    if explicit:
+        mapped = custom_vmap(_mapped(run, names, explicit))
+    else:
+        mapped = custom_vmap(_partitioned(run, names) if is_cut else run)
 
     @mapped.def_vmap
     def rule(size, is_batched, *arrays):
@@ -99,9 +116,10 @@ def call_kernel(
                 s.reshape(1, size * m, s.shape[-1]) if "m" in name else a
                 for s, a, name in zip(spread, arrays, names)
             ]
-            out = call_kernel(run, names, *rows)
+            out = call_kernel(run, names, *rows, is_cut=is_cut)
         else:
-            out = call_kernel(run, names, *(s.reshape(-1, *s.shape[2:]) for s in spread))
+            folded = (s.reshape(-1, *s.shape[2:]) for s in spread)
+            out = call_kernel(run, names, *folded, is_cut=is_cut)
         return out.reshape(size, b, m, out.shape[-1]), True
 
     return mapped(*(operands[i] for i in there))

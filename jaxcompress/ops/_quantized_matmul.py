@@ -22,7 +22,7 @@ from jaxcompress.ops._int8_matmul import (
     matmul_shape,
     scaled_sums,
 )
-from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton
+from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton, not_cut
 
 __all__ = ["quantized_matmul"]
 
@@ -264,16 +264,17 @@ def _xla_refuses(problem: Problem, platform: str) -> str | None:
 def _pallas_tpu(static: _Static, *operands: jax.Array | None) -> jax.Array:
     from jaxcompress.kernels.quantized_matmul import pallas_tpu as kernel
 
-    return _decoded(static, kernel.quantized_matmul, chip("tpu"), *operands)
+    return _decoded(static, kernel.quantized_matmul, chip("tpu"), False, *operands)
 
 
 def _triton(static: _Static, *operands: jax.Array | None) -> jax.Array:
     from jaxcompress.kernels.quantized_matmul import triton as kernel
 
-    return _decoded(static, kernel.quantized_matmul, chip("cuda") or chip("rocm"), *operands)
+    here = chip("cuda") or chip("rocm")
+    return _decoded(static, kernel.quantized_matmul, here, True, *operands)
 
 
-def _decoded(static, kernel, chip, x, w, scale, zero):
+def _decoded(static, kernel, chip, is_cut, x, w, scale, zero):
     """Leading dimensions as one, a scale for each column, as kernels take them."""
     *lead, m, k = x.shape
     if static.panels is not None:
@@ -298,7 +299,8 @@ def _decoded(static, kernel, chip, x, w, scale, zero):
     rows = "k" if w.dtype == jnp.int8 else "p"  # of bit planes there are fewer
     letters = ("bmk", f"bn{rows}" if static.transpose_w else f"b{rows}n", "bgn", "bgn")
     flat = lambda a: a.reshape(-1, *a.shape[-2:])
-    out = call_kernel(run, letters, flat(x), flat(w), columns(scale), columns(zero))
+    operands = flat(x), flat(w), columns(scale), columns(zero)
+    out = call_kernel(run, letters, *operands, is_cut=is_cut)
     return out.reshape(*lead, m, n)
 
 
@@ -324,7 +326,7 @@ def _triton_refuses(problem: Problem, platform: str) -> str | None:
 def _kernel_defers(problem: Problem, platform: str) -> str | None:
     if problem.k < 256 or problem.n < 128:
         return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
-    return None
+    return not_cut(platform)
 
 
 def scaled_dot(

@@ -19,7 +19,9 @@ __all__ = ["BLOCKS", "blocks", "int8_matmul"]
 # (block_m, block_n, block_k) by `device_kind`. A block of int8 has at least 32 rows and
 # 128 columns. The larger m and n, the fewer times an operand is read: the products per
 # byte, block_m block_n / (block_m + block_n), are to pass the chip's ridge at m = n = k =
-# 4096. Chosen from published bandwidths and from what fits; no device has measured them.
+# 4096. block_k is 1024 at most: a TPU7x has no int8 product and makes bfloat16 ones, which
+# are summed in float32 within a block, and 1024 x 128^2 = 2^24 is what that holds exactly.
+# Chosen from published bandwidths and from what fits; no device has measured them.
 BLOCKS = {
     "TPU v5 lite": (1024, 1024, 512),
     "TPU v5": (512, 1024, 512),
@@ -27,7 +29,9 @@ BLOCKS = {
     "TPU7x": (512, 1024, 512),
 }
 DEFAULT = (512, 512, 512)
-_STRIP = 256  # rows that the program spells out; a taller block is a loop over such strips
+# What the program spells out; a larger block is a loop over such tiles. Twice as large in
+# either direction, sums spill from the registers.
+_ROWS, _COLUMNS = 128, 256
 _VMEM = 96 * 2**20  # what a kernel may take; the compiler refuses more than the chip has
 
 
@@ -37,8 +41,12 @@ def blocks(m: int, n: int, k: int, chip: str | None = None) -> tuple[int, int, i
     # A block may be the whole of a dimension, whatever its size; and one that divides `k`
     # needs no mask.
     whole = [c for c in range(block_k, 127, -128) if k % c == 0]
-    strips = m if m <= _STRIP else -(-m // _STRIP) * _STRIP
-    return min(strips, block_m), min(n, block_n), min(k, whole[0] if whole else block_k)
+    tiles = lambda size, tile: size if size <= tile else -(-size // tile) * tile
+    return (
+        min(tiles(m, _ROWS), block_m),
+        min(tiles(n, _COLUMNS), block_n),
+        min(k, whole[0] if whole else block_k),
+    )
 
 
 def int8_matmul(
@@ -109,36 +117,44 @@ def _kernel(names, transpose_w, k_size, *refs):
     *inputs, out, sums = refs
     ref = dict(zip(names, inputs))
     step, steps = pl.program_id(3), pl.num_programs(3)
-    block_m, block_k = ref["x"].shape
-    strip = _STRIP if block_m % _STRIP == 0 else block_m
+    (block_m, block_n), block_k = sums.shape, ref["x"].shape[1]
+    tile_m = _ROWS if block_m % _ROWS == 0 else block_m
+    tile_n = _COLUMNS if block_n % _COLUMNS == 0 else block_n
+    tiles_n = block_n // tile_n
 
-    @pl.loop(0, block_m // strip)
+    @pl.loop(0, block_m // tile_m * tiles_n)
     def _(i):
-        rows = pl.ds(pl.multiple_of(i * strip, strip), strip)
+        rows, columns = _tile(lax.div(i, tiles_n), tile_m), _tile(lax.rem(i, tiles_n), tile_n)
 
         @pl.when(step == 0)
         def _():
-            sums[rows, :] = jnp.zeros((strip, sums.shape[1]), sums.dtype)
+            sums[rows, columns] = jnp.zeros((tile_m, tile_n), sums.dtype)
 
         x = ref["x"][rows, :]
         if k_size % block_k:
-            column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-            x = jnp.where(column < k_size - step * block_k, x, 0)
+            here = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+            x = jnp.where(here < k_size - step * block_k, x, 0)
+        w = ref["w"][columns, :] if transpose_w else ref["w"][:, columns]
         contract = ((1,), (1 if transpose_w else 0,))
-        sums[rows, :] += lax.dot_general(
-            x, ref["w"][...], (contract, ((), ())), preferred_element_type=jnp.int32
+        sums[rows, columns] += lax.dot_general(
+            x, w, (contract, ((), ())), preferred_element_type=jnp.int32
         )
 
         @pl.when(step == steps - 1)
         def _():
-            result = sums[rows, :]
+            result = sums[rows, columns]
             if "zero" in ref:
-                result = result - ref["sums"][rows, :] * ref["zero"][...]
+                result = result - ref["sums"][rows, :] * ref["zero"][:, columns]
             if "x_scale" in ref:
                 result = result.astype(jnp.float32) * ref["x_scale"][rows, :]
             if "w_scale" in ref:
-                result = result.astype(jnp.float32) * ref["w_scale"][...]
-            out[rows, :] = result.astype(out.dtype)
+                result = result.astype(jnp.float32) * ref["w_scale"][:, columns]
+            out[rows, columns] = result.astype(out.dtype)
+
+
+def _tile(i, size):
+    """The tile number `i`, of a size that the compiler may rely on."""
+    return pl.ds(pl.multiple_of(i * size, size), size)
 
 
 def _varying(*operands):

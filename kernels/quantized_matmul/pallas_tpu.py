@@ -29,7 +29,10 @@ BLOCKS = {
     "TPU7x": (512, 512, 1024),
 }
 DEFAULT = (256, 512, 512)
-_STRIP = 256  # rows, of x or of w, that the program spells out; more are a loop
+# What the program spells out of a product, and of a weight to decode; a larger block is a
+# loop over such tiles. Larger ones spill from the registers.
+_ROWS, _COLUMNS = 64, 256
+_TALL, _TURNED = 256, 128  # rows; and columns at a time, of a weight that comes as [n, k]
 _RESIDENT = 2 * 2**20  # bytes of x that stay in fast memory whole: read once, not per column
 _VMEM = 64 * 2**20  # what a kernel may take; the compiler refuses more than the chip has
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
@@ -47,8 +50,8 @@ def blocks(
     else:  # one that divides `k` needs no padding
         fits = [c for c in range(block_k, 255, -256) if k % c == 0 and c % unit == 0]
         block_k = fits[0] if fits else block_k
-    strips = m if m <= _STRIP else -(-m // _STRIP) * _STRIP
-    return min(strips, block_m), min(n, block_n), block_k
+    tiles = lambda size, tile: size if size <= tile else -(-size // tile) * tile
+    return min(tiles(m, _ROWS), block_m), min(tiles(n, _COLUMNS), block_n), block_k
 
 
 def quantized_matmul(
@@ -86,7 +89,7 @@ def quantized_matmul(
     w = _pad(w, along, whole * stored // 8)
     # A strip of the weight is decoded at a time. The scales that it needs are a slice of
     # their own: rows in the middle of a tile cannot be addressed.
-    tall = _STRIP if block_k % _STRIP == 0 and not transpose_w else block_k
+    tall = _TALL if block_k % _TALL == 0 else block_k
     per_strip = max(1, tall // group) if group else 1
     slices = -(-whole // (per_strip * group)) if group else 1
     sliced = lambda a: _pad(a.astype(jnp.float32), 1, slices * per_strip).reshape(
@@ -130,51 +133,61 @@ def quantized_matmul(
 def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
     *zero_ref, out_ref, weight_ref, sums_ref = refs
     step, steps = pl.program_id(3), pl.num_programs(3)
-    block_m, block_k = x_ref.shape[0], weight_ref.shape[0]
-    here: Any = slice(None)
-    if x_ref.shape[1] > block_k:
-        here = pl.ds(pl.multiple_of(step * block_k, block_k), block_k)
-    strip = _STRIP if block_m % _STRIP == 0 else block_m
+    block_m, (block_k, block_n) = x_ref.shape[0], weight_ref.shape
+    turned = _TURNED if transpose_w and block_n % _TURNED == 0 else block_n
+    tiles = block_n // turned
 
-    @pl.loop(0, block_k // tall)
+    @pl.loop(0, block_k // tall * tiles)
     def _(i):
-        stored = tall * bits // 8
+        strip = lax.div(i, tiles)
+        rows, columns = _tile(strip, tall), _tile(lax.rem(i, tiles), turned)
         if transpose_w:
-            w = w_ref[...]
+            codes = w_ref[columns, rows].astype(jnp.int32)
+        elif bits == 8:
+            codes = w_ref[rows, :].astype(jnp.int32)
         else:
-            w = w_ref[pl.ds(pl.multiple_of(i * stored, stored), stored), :]
-        codes = w.astype(jnp.int32) if bits == 8 else _unpack(w, bits)
+            codes = _unpack(w_ref[_tile(strip, tall * bits // 8), :], bits)
         weight = codes.astype(jnp.float32)
         weight = weight.T if transpose_w else weight
-        at = lax.div(step * block_k + i * tall, max(tall, group)) if group else 0
+        at = lax.div(step * block_k + strip * tall, max(tall, group)) if group else 0
         if zero_ref:
-            weight = weight - _spread(zero_ref[0][at], tall)
+            weight = weight - _spread(zero_ref[0][at, :, columns], tall)
         if group:
-            weight = weight * _spread(scale_ref[at], tall)
-        weight_ref[pl.ds(pl.multiple_of(i * tall, tall), tall), :] = weight.astype(x_ref.dtype)
+            weight = weight * _spread(scale_ref[at, :, columns], tall)
+        weight_ref[rows, columns] = weight.astype(x_ref.dtype)
 
-    @pl.loop(0, block_m // strip)
+    here = slice(None) if x_ref.shape[1] == block_k else _tile(step, block_k)
+    tile_m = _ROWS if block_m % _ROWS == 0 else block_m
+    tile_n = _COLUMNS if block_n % _COLUMNS == 0 else block_n
+    tiles_n = block_n // tile_n
+
+    @pl.loop(0, block_m // tile_m * tiles_n)
     def _(i):
-        rows = pl.ds(pl.multiple_of(i * strip, strip), strip)
+        rows, columns = _tile(lax.div(i, tiles_n), tile_m), _tile(lax.rem(i, tiles_n), tile_n)
 
         @pl.when(step == 0)
         def _():
-            sums_ref[rows, :] = jnp.zeros((strip, sums_ref.shape[1]), sums_ref.dtype)
+            sums_ref[rows, columns] = jnp.zeros((tile_m, tile_n), sums_ref.dtype)
 
         # A float32 product is made of bfloat16 ones; HIGHEST makes as many as it takes.
         is_float32 = x_ref.dtype == jnp.float32
-        sums_ref[rows, :] += jnp.dot(
+        sums_ref[rows, columns] += jnp.dot(
             x_ref[rows, here],
-            weight_ref[...],
+            weight_ref[:, columns],
             precision=lax.Precision.HIGHEST if is_float32 else lax.Precision.DEFAULT,
             preferred_element_type=jnp.float32,
         )
 
         @pl.when(step == steps - 1)
         def _():
-            sums = sums_ref[rows, :]
-            sums = sums if group else sums * scale_ref[0]
-            out_ref[rows, :] = sums.astype(out_ref.dtype)
+            sums = sums_ref[rows, columns]
+            sums = sums if group else sums * scale_ref[0, :, columns]
+            out_ref[rows, columns] = sums.astype(out_ref.dtype)
+
+
+def _tile(i, size):
+    """The tile number `i`, of a size that the compiler may rely on."""
+    return pl.ds(pl.multiple_of(i * size, size), size)
 
 
 def _spread(rows, count):

@@ -66,6 +66,7 @@ def test_blocks_are_tiles_or_whole(chip, k):
         assert block_m == m or block_m % 32 == 0
         assert block_n == n or block_n % 128 == 0
         assert block_k == k or block_k % 128 == 0
+        assert block_k <= 1024
         for group in (None, 32, 128, 2048):
             _, _, block_k = quantized_kernel.blocks(m, n, k, group, chip)
             assert block_k % 64 == 0

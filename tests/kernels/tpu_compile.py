@@ -28,7 +28,7 @@ os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_ll
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
@@ -193,7 +193,7 @@ def check_memory(report, chip, device):
 def check_sharded(report):
     """Rows and columns over four chips: each decodes its own, and gathers nothing."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh([devices[:2], devices[2:]], ("x", "y"))
+    mesh = Mesh([devices[:2], devices[2:]], ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     place = lambda a, *spec: Shape(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*spec)))
     args, options = QUANTIZED["int4 by 128, 1024 x 4096 x 4096"]
     x, w, scale = (Shape(a.shape[1:], a.dtype) for a in args)

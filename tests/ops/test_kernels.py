@@ -17,6 +17,7 @@ from jaxcompress.ops._choice import Problem, choose
 from jaxcompress.ops._kernels import call_kernel
 
 LARGE = Problem(m=16, k=4096, n=4096, bits=4, group_size=128, dtype="bfloat16", packed=True)
+X = np.ones(8, np.float32)
 
 
 def lowered(fn, *args, platform="tpu"):
@@ -83,11 +84,29 @@ def test_triton_needs_a_package_and_a_gpu(monkeypatch, installed, chip, reason):
 
 
 def test_pallas_kernels_are_for_the_tpus_that_they_compile_for(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     for kind, name in (("TPU v4", "reference"), ("TPU v5 lite", "pallas_tpu")):
         monkeypatch.setattr(_kernels, "chip", lambda platform, kind=kind: kind)
         choice = choose(_quantized_matmul.table(), LARGE, "tpu")
         assert choice.implementation.name == name
         assert ("not for TPU v4" in choice.why) == (kind == "TPU v4")
+
+
+def test_several_tpus_need_axes_that_are_explicit_or_manual(monkeypatch):
+    """This process has eight devices; as TPUs they would be too many for XLA to cut a kernel."""
+    monkeypatch.setattr(_kernels, "chip", lambda platform: "TPU v5 lite")
+    table = _quantized_matmul.table()
+    choice = choose(table, LARGE, "tpu")
+    assert choice.implementation.name == "reference"
+    assert "XLA cannot cut it over several TPUs" in choice.why
+    assert choose(table, LARGE, "tpu", "pallas_tpu").implementation.name == "pallas_tpu"
+    for kind, name in ((AxisType.Auto, "reference"), (AxisType.Explicit, "pallas_tpu")):
+        with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(kind,))):
+            assert choose(table, LARGE, "tpu").implementation.name == name
+    mesh, seen = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)), []
+    inside = lambda x: (seen.append(choose(table, LARGE, "tpu").implementation.name), x)[1]
+    jax.eval_shape(jax.shard_map(inside, mesh=mesh, in_specs=P("x"), out_specs=P("x")), X)
+    assert seen == ["pallas_tpu"]
 
 
 def test_this_process_has_no_chip():
@@ -126,7 +145,7 @@ def test_what_surrounds_a_kernel_may_be_any_transform():
         (both, (x, np.stack([w] * 3), scale)),
     ):
         assert "tpu_custom_call" in lowered(fn, *args)
-    mesh = jax.sharding.AbstractMesh((1,), ("x",))
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,))
     inside = jax.shard_map(op, mesh=mesh, in_specs=(P("x"), P(), P()), out_specs=P("x"))
     assert "tpu_custom_call" in lowered(inside, x[0], w, scale)
 
