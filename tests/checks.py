@@ -9,6 +9,10 @@ import numpy as np
 import jaxcompress as jc
 import oracles
 from jaxcompress.arrays import IntType, QuantizedArray
+from jaxcompress.kernels import cpu
+
+# What the CPU takes first: a machine without a compiler has no native kernels.
+ON_CPU = "xla" if cpu.missing() else "cpu"
 
 EPS = 2.0**-24  # half the spacing of float32: the largest relative error of one rounding
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 import oracles
 from checks import (
+    EPS,
     OPS,
     SPECS,
     assert_compressed,
@@ -183,7 +184,10 @@ def test_export_and_back(name):
     written = jax.export.export(fn, platforms=["cpu", "tpu", "cuda"])(q, X).serialize()
     back = jax.export.deserialize(written)
     assert back.in_tree == jax.tree.structure(((q, X), {}))
-    np.testing.assert_array_equal(back.call(q, X), fn(q, X))
+    # An exported program has XLA's digits of floats for the native ones: the same integers, put
+    # together in another order.
+    want = np.asarray(fn(q, X))
+    np.testing.assert_allclose(back.call(q, X), want, rtol=0, atol=4 * EPS * np.abs(want).max())
 
 
 def test_an_export_that_returns_its_weights():
