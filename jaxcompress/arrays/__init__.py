@@ -5,6 +5,7 @@ from jaxcompress.arrays._bitmap import BitmapSparseArray
 from jaxcompress.arrays._fake_quant import FakeQuantArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._scaled import ScaledArray
 
 __all__ = [
     "Activation",
@@ -13,5 +14,6 @@ __all__ = [
     "FakeQuantArray",
     "IntType",
     "QuantizedArray",
+    "ScaledArray",
     "is_compressed",
 ]
