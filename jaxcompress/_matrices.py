@@ -63,6 +63,16 @@ class Matrices(NamedTuple):
         lead = [self.shape[a] if a in self.batch else 1 for a in range(-len(self.shape), 0)]
         return jnp.broadcast_to(value, (*lead, *shape)).reshape(self.experts, *shape)
 
+    def outputs(self, columns: jax.Array) -> jax.Array:
+        """`[batch, n]`, one number an output, with the rank of the weight."""
+        order = self._order
+        first = len(self.batch)
+        sizes = [
+            1 if first <= i < first + len(self.contract) else self.shape[d]
+            for i, d in enumerate(order)
+        ]
+        return columns.reshape(sizes).transpose([order.index(d) for d in range(len(order))])
+
     def features(self, rows: jax.Array) -> Any:
         """`[batch, k]`, one number a feature, so that it broadcasts against the weight."""
         order = self._order

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jaxcompress._paths import map_with_paths
-from jaxcompress.arrays import BitmapSparseArray, NMSparseArray, QuantizedArray
+from jaxcompress.arrays import BitmapSparseArray, NMSparseArray, QuantizedArray, ScaledArray
 from jaxcompress.arrays._prepacked import prepack_array
 from jaxcompress.ops._cpu import native_missing
 
@@ -44,7 +44,9 @@ def prepack(params: Any) -> Any:
     if jax.default_backend() != "cpu":
         return params
 
-    def one(_: str, leaf: Any) -> Any:
+    def one(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, ScaledArray):
+            return ScaledArray(one(path, leaf.array), leaf.scale, path=leaf.path)
         if isinstance(leaf, (BitmapSparseArray, NMSparseArray)) and leaf.qtype is not None:
             leaf = leaf.expanded()
         if not isinstance(leaf, QuantizedArray) or native_missing():

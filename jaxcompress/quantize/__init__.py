@@ -1,6 +1,7 @@
 """Quantization: specs, rounding to nearest, and training for it."""
 
 from jaxcompress._sequential import Finished
+from jaxcompress.quantize._adaround import adaround
 from jaxcompress.quantize._format_specs import (
     binary,
     fp8_e4m3,
@@ -17,6 +18,7 @@ from jaxcompress.quantize._methods import dorefa, lsq, lsq_plus, pact
 from jaxcompress.quantize._qat import convert, freeze, prepare_qat, trainable
 from jaxcompress.quantize._quantize import quantize
 from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
+from jaxcompress.quantize._scaling import awq, smoothquant
 from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
 from jaxcompress.quantize._specs import (
     Spec,
@@ -38,6 +40,8 @@ __all__ = [
     "Spec",
     "binary",
     "clip_weights",
+    "adaround",
+    "awq",
     "convert",
     "delayed",
     "dorefa",
@@ -63,6 +67,7 @@ __all__ = [
     "report",
     "sensitivity",
     "ternary",
+    "smoothquant",
     "trainable",
     "w4a4",
     "w4a8",

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,18 @@ from jax import lax
 from jaxcompress._statistics import second_moment
 from jaxcompress.arrays import QuantizedArray
 from jaxcompress.arrays._fit import Fit
-from jaxcompress.arrays._granularity import expand
+from jaxcompress.arrays._granularity import expand, reduce_groups
 from jaxcompress.arrays._qtype import IntType
 from jaxcompress.arrays._quantized import store
 from jaxcompress.arrays._rounding import encode
 from jaxcompress.quantize._posttrain import Layer, Progress, layerwise
-from jaxcompress.quantize._scales import full_scales, integers_only, searched_scales
+from jaxcompress.quantize._scales import full_scales, integers_only
 from jaxcompress.quantize._specs import Spec
 
 __all__ = ["gptq"]
 
 _TRIES = 5  # dampings, each ten times the one before
+_PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the full scales, that are tried
 
 
 def gptq(
@@ -35,7 +36,7 @@ def gptq(
     stats: Any = None,
     damping: float = 0.01,
     activation_order: bool = True,
-    clip: bool = True,
+    search: bool = True,
     block_size: int = 128,
     resume: str | Path | None = None,
     progress: Progress = None,
@@ -62,8 +63,8 @@ def gptq(
       damping: added to the diagonal of the second moments, relative to its mean. Ten,
         a hundred, ... times as much is tried where a factorization fails.
       activation_order: start with the features of the largest activations.
-      clip: choose each scale by the error it makes, weighted with the second moments,
-        instead of from the largest weight.
+      search: try 1, 0.9, ... 0.4 times the scales of the largest weights, and keep for
+        each output those that leave it the least error. It takes seven times as long.
       block_size: features whose corrections are applied to the rest at once. It changes
         the time and the last bits only.
       resume: a folder where finished layers are kept. Started again with the same
@@ -95,7 +96,7 @@ def gptq(
         raise ValueError(f"block_size is 1 or more; got {block_size}")
 
     def solve(layer: Layer) -> QuantizedArray:
-        return _layer(layer, damping, activation_order, clip, block_size)
+        return _layer(layer, damping, activation_order, search, block_size)
 
     return layerwise(
         fn,
@@ -104,7 +105,7 @@ def gptq(
         rules,
         second_moment(),
         solve,
-        identity=["gptq", damping, activation_order, clip, block_size],
+        identity=["gptq", damping, activation_order, search, block_size],
         stats=stats,
         resume=resume,
         progress=progress,
@@ -112,9 +113,9 @@ def gptq(
 
 
 def _layer(
-    layer: Layer, damping: float, activation_order: bool, clip: bool, block_size: int
+    layer: Layer, damping: float, activation_order: bool, search: bool, block_size: int
 ) -> QuantizedArray:
-    w, static = layer.weight, dict(layer.static)
+    w, static, matrices = layer.weight, dict(layer.static), layer.matrices
     integers_only("gptq", layer.name, static["qtype"])
     hessian = layer.statistic(2)
     if not bool(jnp.isfinite(hessian).all()):
@@ -122,70 +123,94 @@ def _layer(
             f"the second moments of the activations of {layer.name!r} are not finite; the "
             "batches, or the function, hold NaN, infinity or numbers near 1e19"
         )
-    grain = {name: static[name] for name in ("axis", "group_size", "qtype")}
-    if clip:
-        diagonal = jnp.diagonal(hessian, axis1=-2, axis2=-1)
-        # A feature that was never active still has to be rounded somehow.
-        importance = jnp.maximum(diagonal, 1e-6 * diagonal.mean(-1, keepdims=True) + 1e-30)
-        scale, zero = searched_scales(w, layer.matrices.features(importance), **grain)
-    else:
-        scale, zero = full_scales(w, **grain)
-    spread = lambda part: layer.matrices.split(
-        expand(part, w.shape, static["axis"], static["group_size"])
-    )
     dampings = tuple(damping * 10**i for i in range(_TRIES))
-    out = _columns(
-        layer.matrices.split(w.astype(jnp.float32)),
-        spread(scale),
-        None if zero is None else spread(zero),
-        hessian,
-        qtype=static["qtype"],
-        dampings=dampings,
-        activation_order=activation_order,
-        block_size=min(block_size, layer.matrices.k),
-    )
-    if not bool(out.factored.all()):
+    order, u, factored = _factored(hessian, dampings=dampings, activation_order=activation_order)
+    if not bool(factored.all()):
         tried = ", ".join(f"{d:g}" for d in dampings)
         raise ValueError(
             f"the second moments of the activations of {layer.name!r} have no Cholesky factor, "
             f"with {tried} times the mean of their diagonal added to it; give more batches, "
             f"or a damping above {dampings[-1]:g}"
         )
-    codes = layer.matrices.join(out.codes)
+    axis, group_size, qtype = (static[name] for name in ("axis", "group_size", "qtype"))
+    full, zero = full_scales(w, axis, group_size, qtype)
+    spread = lambda part: matrices.split(expand(part, w.shape, axis, group_size))
+    offset = None if zero is None else spread(zero)
+    dense = matrices.split(w.astype(jnp.float32))
+    best: tuple[jax.Array, jax.Array, jax.Array] | None = None
+    for part in _PARTS if search else (1.0,):
+        scale = full * part
+        codes, errors = _columns(
+            dense,
+            spread(scale),
+            offset,
+            hessian,
+            order,
+            u,
+            qtype=qtype,
+            block_size=min(block_size, matrices.k),
+        )
+        # The outputs that share a scale choose together.
+        errors = reduce_groups(matrices.outputs(errors), axis, group_size, jnp.sum, 0.0)
+        if best is None:
+            best = codes, scale, errors
+        else:
+            better = errors < best[2]
+            best = (
+                jnp.where(spread(jnp.broadcast_to(better, scale.shape)), codes, best[0]),
+                jnp.where(better, scale, best[1]),
+                jnp.where(better, errors, best[2]),
+            )
+    assert best is not None
+    static["float_dtype"] = np.dtype(w.dtype)
     act = static.pop("act_scale"), static.pop("act_offset")
-    return store(codes, Fit(scale, zero), *act, float_dtype=np.dtype(w.dtype), **static)
+    return store(matrices.join(best[0]), Fit(best[1], zero), *act, **static)
 
 
-class _Rounded(NamedTuple):
-    codes: jax.Array  # [batch, k, n], int8
-    factored: jax.Array  # [batch], bool
+@functools.partial(jax.jit, static_argnames=("dampings", "activation_order"))
+def _factored(
+    hessian: jax.Array, *, dampings: tuple[float, ...], activation_order: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each `hessian[batch, k, k]` the order of the features, and `inverse_factor` in it."""
+
+    def one(hessian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        order = jnp.arange(len(hessian))
+        if activation_order:
+            order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
+        return (order, *inverse_factor(hessian[order][:, order], dampings))
+
+    return jax.vmap(one)(hessian)
 
 
-@functools.partial(jax.jit, static_argnames=("qtype", "dampings", "activation_order", "block_size"))
+@functools.partial(jax.jit, static_argnames=("qtype", "block_size"))
 def _columns(
     w: jax.Array,
     scale: jax.Array,
     zero: jax.Array | None,
     hessian: jax.Array,
+    order: jax.Array,
+    u: jax.Array,
     *,
     qtype: IntType,
-    dampings: tuple[float, ...],
-    activation_order: bool,
     block_size: int,
-) -> _Rounded:
-    """The codes of `w[batch, k, n]`, given a scale for every weight."""
+) -> tuple[jax.Array, jax.Array]:
+    """The codes of `w[batch, k, n]`, given a scale for each, and what each output loses."""
 
-    def one(w: jax.Array, scale: jax.Array, zero: jax.Array | None, hessian: jax.Array) -> _Rounded:
-        order = jnp.arange(len(w))
-        if activation_order:
-            order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
-        u, factored = inverse_factor(hessian[order][:, order], dampings)
+    def one(
+        w: jax.Array,
+        scale: jax.Array,
+        zero: jax.Array | None,
+        hessian: jax.Array,
+        order: jax.Array,
+        u: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
         pick = lambda part: None if part is None else part[order]
         codes = _rounded(w[order], scale[order], pick(zero), u, qtype, block_size)
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(len(w)))
-        return _Rounded(codes[back], factored)
+        codes = codes[jnp.zeros_like(order).at[order].set(jnp.arange(len(w)))]
+        error = (codes if zero is None else codes - zero.astype(jnp.float32)) * scale - w
+        return codes, jnp.sum(error * lax.dot(hessian, error), 0)
 
-    return jax.vmap(one)(w, scale, zero, hessian)
+    return jax.vmap(one)(w, scale, zero, hessian, order, u)
 
 
 def inverse_factor(hessian: jax.Array, dampings: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ from jaxcompress.arrays._qtype import IntType
 from jaxcompress.arrays._quantized import store
 from jaxcompress.arrays._rounding import encode
 from jaxcompress.quantize._resolve import map_rules
-from jaxcompress.quantize._scales import integers_only, searched_scales
+from jaxcompress.quantize._scales import full_scales, integers_only
 from jaxcompress.quantize._specs import Spec
 
 __all__ = ["hqq"]
@@ -39,7 +39,7 @@ def hqq(
     error that is left to outliers; then `s` and `z` of least squares to `w - e`; then
     the codes. Of all steps the best is kept, group by group.
 
-    It starts from the best of a few parts of the full range. Zero points here are whole numbers,
+    It starts from the full range. Zero points here are whole numbers,
     where those of the paper are floats; the scale, which the paper keeps, is fitted too.
 
     Args:
@@ -114,8 +114,7 @@ def _fit(
         chosen_zero = None if zero is None else jnp.where(better, zero, best[2])
         return ((scale, zero), (jnp.minimum(error, best[0]), chosen, chosen_zero)), None
 
-    grain: Any = dict(axis=axis, group_size=group_size, qtype=qtype)
-    start, zero = searched_scales(w, 1.0, **grain, norm=norm)
+    start, zero = full_scales(w, axis, group_size, qtype)
     state, _ = keep((jnp.full(start.shape, jnp.inf), start, zero), start, zero)
     betas = _BETA * 1.01 ** jnp.arange(steps, dtype=jnp.float32)
     (_, (_, scale, zero)), _ = jax.lax.scan(step, state, betas)

@@ -31,7 +31,7 @@ def full_scales(
     return minmax_scale(w, axis, group_size, qtype)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "group_size", "qtype", "norm"))
+@functools.partial(jax.jit, static_argnames=("axis", "group_size", "qtype"))
 def searched_scales(
     w: jax.Array,
     importance: Any,
@@ -39,9 +39,8 @@ def searched_scales(
     axis: Axes,
     group_size: Axes | None,
     qtype: IntType,
-    norm: float = 2.0,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The scales, among parts of the full ones, of least `sum importance |w - w_hat|^norm`.
+    """The scales, among parts of the full ones, of least `sum importance (w - w_hat)^2`.
 
     `importance` broadcasts against `w`. Each group chooses for itself.
     """
@@ -53,7 +52,7 @@ def searched_scales(
         tried = scale * shrink
         codes = encode(w, tried, zero, qtype, axis, group_size)
         back = (codes - offset) * spread(tried)
-        error = importance * jnp.abs(w.astype(jnp.float32) - back) ** norm
+        error = importance * (w.astype(jnp.float32) - back) ** 2
         error = reduce_groups(error, axis, group_size, jnp.sum, 0.0)
         better = error < best[0]
         return (jnp.where(better, error, best[0]), jnp.where(better, tried, best[1])), None

@@ -44,16 +44,6 @@ def test_more_steps_are_never_worse():
     assert errors[2].sum() < errors[0].sum()
 
 
-def test_weights_on_a_grid_are_found_again():
-    """An outlier pulls the full range up; the scale of all the others is recovered."""
-    codes = np.random.default_rng(0).integers(-7, 8, (64, 3))
-    w = (codes * 0.25).astype(np.float32)
-    w[0] = 3.0
-    q = jc.quantize.hqq({"w": jnp.asarray(w)}, {"w": jc.quantize.int4()})["w"]
-    np.testing.assert_allclose(q.scale, 0.25, rtol=0.02)
-    assert np.array_equal(oracles.codes_of(q)[1:], codes[1:])
-
-
 def test_zeros_and_wrong_norms():
     params, rules = {"w": jnp.zeros((8, 2))}, {"w": jc.quantize.int4()}
     q = jc.quantize.hqq(params, rules)["w"]
