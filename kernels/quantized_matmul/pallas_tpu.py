@@ -163,7 +163,8 @@ def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
 
     @pl.loop(0, block_m // tile_m * tiles_n)
     def _(i):
-        rows, columns = _tile(lax.div(i, tiles_n), tile_m), _tile(lax.rem(i, tiles_n), tile_n)
+        rows = _tile(lax.div(i, tiles_n), tile_m, block_m)
+        columns = _tile(lax.rem(i, tiles_n), tile_n, block_n)
 
         @pl.when(step == 0)
         def _():
@@ -185,8 +186,10 @@ def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
             out_ref[rows, columns] = sums.astype(out_ref.dtype)
 
 
-def _tile(i, size):
-    """The tile number `i`, of a size that the compiler may rely on."""
+def _tile(i, size, whole=None):
+    """The tile number `i`, of a size that the compiler may rely on; all of it if that is one."""
+    if size == whole:
+        return slice(None)
     return pl.ds(pl.multiple_of(i * size, size), size)
 
 

@@ -170,7 +170,7 @@ def test_gradients_of_signs_pass_everywhere():
         np.testing.assert_allclose(grad, c, rtol=1e-6)
 
 
-def test_bitmaps_hold_integers():
+def test_sparse_arrays_hold_integers():
     params = jc.quantize.prepare_qat({"w": jnp.eye(4)}, {"w": SPECS["nf4"]})
-    with pytest.raises(TypeError, match="bitmaps hold integers; 'w' is nf4"):
+    with pytest.raises(TypeError, match="sparse arrays hold integers; 'w' is nf4"):
         jc.prune.pack(params, {"w": jnp.eye(4) > 0})
