@@ -90,7 +90,7 @@ def _checkpoint(*args, jaxpr, prevent_cse, differentiated, policy, **params):
 
 
 @quax.register(jit_p, precedence=1)
-def _jit(*args: ArrayLike | quax.ArrayValue, jaxpr, **params):
+def _jit(*args: ArrayLike | quax.ArrayValue, jaxpr: Any, **params: Any) -> Any:
     """quax's own rule. `nnx.jit` returns the whole module: only what it changed is new."""
     passed = {id(var): arg for var, arg in zip(jaxpr.jaxpr.invars, args)}
     out = jit_quax(*args, jaxpr=jaxpr, **params)
