@@ -5,7 +5,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-__all__ = ["kl"]
+from jaxcompress.distill._softened import divergence, excess, log_ratio, log_softmax, paired
+
+__all__ = ["jensen_shannon", "kl", "mse", "reverse_kl", "soft_cross_entropy"]
 
 
 def kl(
@@ -36,6 +38,7 @@ def kl(
 
     Raises:
       ValueError: the shapes differ, or a temperature that is not positive and finite.
+      TypeError: logits that are not floating.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> student, teacher = jnp.array([[0.0, 0.0]]), jnp.array([[jnp.log(3.0), 0.0]])
@@ -45,74 +48,175 @@ def kl(
     Hinton, Vinyals and Dean, 2015, Distilling the Knowledge in a Neural Network,
     arXiv:1503.02531.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            "student and teacher must have logits of one shape; got "
-            f"{student_logits.shape} and {teacher_logits.shape}"
-        )
-    if isinstance(temperature, (int, float)) and not 0 < temperature < math.inf:
-        raise ValueError(f"the temperature must be positive and finite; got {temperature}")
-    dtype = jnp.promote_types(jnp.result_type(student_logits, teacher_logits), jnp.float32)
-    student = jnp.moveaxis(student_logits.astype(dtype), axis, -1)
-    teacher = jnp.moveaxis(jax.lax.stop_gradient(teacher_logits).astype(dtype), axis, -1)
-    if where is None:
-        counts = jnp.ones(student.shape, bool)
-    else:
-        counts = jnp.moveaxis(jnp.broadcast_to(where, student_logits.shape), axis, -1)
-    t = jnp.asarray(temperature, dtype)
-    return t**2 * _divergence(student, teacher, t, counts)
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
+    return temperature**2 * divergence(s, t, temperature, counts)
 
 
-def _divergence(s: jax.Array, t: jax.Array, temperature: jax.Array, counts: jax.Array) -> jax.Array:
-    """`sum p (log p - log q)` over the last axis, without cancellation.
+def reverse_kl(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    axis: int = -1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Kullback-Leibler divergence of the softened teacher from the student.
 
-    With `d = (s - t) / T` and `e = d - sum p d` it is `log sum p exp(e)`, which is
-    `log1p(sum p (exp(e) - 1 - e))`: no term is negative, and near zero each is a series.
-    The logarithms of p and q would be rounded first, and differ by less than that when
-    the temperature is high or the student close to its teacher.
+    `T^2 sum_c q_c (log q_c - log p_c)`, `p` and `q` as in `kl`. It seeks a mode: a student
+    too small for all that the teacher says keeps to what the teacher finds likely.
+
+    Args:
+      student_logits, teacher_logits, temperature, axis, where: as for `kl`.
+
+    Returns:
+      The loss of each example, as `kl`; 0, with gradient 0, where both are equal.
+
+    Raises:
+      ValueError, TypeError: as `kl`.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> student, teacher = jnp.array([[jnp.log(3.0), 0.0]]), jnp.array([[0.0, 0.0]])
+    >>> jc.distill.reverse_kl(student, teacher).round(4)
+    Array([0.1308], dtype=float32)
+
+    Gu et al., 2024, MiniLLM: Knowledge Distillation of Large Language Models,
+    arXiv:2306.08543.
     """
-    best = jnp.argmax(jnp.where(counts, t, -jnp.inf), -1, keepdims=True)
-    at_best = lambda x: jnp.take_along_axis(x, best, -1)
-    log_p = _log_softmax(t, temperature, counts)
-    p = jnp.exp(log_p)
-    counts_p = p > 0
-    high, low = _difference(jnp.where(counts_p, s, 0.0), jnp.where(counts_p, t, 0.0))
-    d = (high - at_best(high)) + (low - at_best(low))
-    d = jnp.where(counts_p, d, 0.0) / temperature
-    mean = jnp.sum(p * d, -1, keepdims=True)
-    e = jnp.where(counts_p, d - mean, 0.0)
-    # log(p exp(e)), from the student alone: its class may be one that the teacher rules out.
-    log_r = (s - at_best(s)) / temperature + at_best(log_p) - mean
-    log_r = jnp.where(counts, log_r, -jnp.inf)
-    near = counts_p & (jnp.abs(e) < 1)
-    far = jnp.exp(jnp.minimum(jnp.where(near, -jnp.inf, log_r), 1.0)) - p - p * e
-    total = jnp.sum(jnp.where(near, p * _exp_less_line(jnp.where(near, e, 0.0)), far), -1)
-    # Where it would overflow the divergence is above 1, and the textbook's sum does.
-    direct = jnp.all(log_r <= 1, -1) & jnp.isfinite(total)
-    gap = jnp.where(counts_p, log_p - _log_softmax(s, temperature, counts), 0.0)
-    return jnp.where(direct, jnp.log1p(jnp.where(direct, total, 0.0)), jnp.sum(p * gap, -1))
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
+    return temperature**2 * divergence(t, s, temperature, counts)
 
 
-def _difference(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`a - b` as a rounded difference and what the rounding lost (Knuth)."""
-    high = a - b
-    other = high - a
-    return high, jax.lax.stop_gradient((a - (high - other)) - (b + other))
+def jensen_shannon(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    beta: float = 0.5,
+    temperature: float | jax.Array = 1.0,
+    axis: int = -1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Generalized Jensen-Shannon divergence: both against their mixture.
+
+    `T^2 (beta KL(p || m) + (1 - beta) KL(q || m))`, `m = beta p + (1 - beta) q`, `p` and
+    `q` as in `kl`. It is bounded. Divided by `beta` it tends to `kl` as `beta` goes to 0,
+    and divided by `1 - beta` to `reverse_kl` as `beta` goes to 1.
+
+    Args:
+      student_logits, teacher_logits, temperature, axis, where: as for `kl`.
+      beta: between 0 and 1, both excluded.
+
+    Returns:
+      The loss of each example, as `kl`; 0, with gradient 0, where both are equal.
+
+    Raises:
+      ValueError: as `kl`, or a `beta` that is not between 0 and 1.
+      TypeError: as `kl`.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> apart = jnp.array([[50.0, 0.0]]), jnp.array([[0.0, 50.0]])
+    >>> jc.distill.jensen_shannon(*apart).round(4)  # log 2, the most there is
+    Array([0.6931], dtype=float32)
+
+    Agarwal et al., 2024, On-Policy Distillation of Language Models, arXiv:2306.13649.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must be between 0 and 1, both excluded; got {beta}")
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
+    q, p = (jnp.exp(log_softmax(x, temperature, counts)) for x in (s, t))
+    gap = log_ratio(s, t, temperature, counts)
+    m = beta * p + (1 - beta) * q
+    from_teacher = _to_mixture(p, m, _log_mixture(beta, gap))
+    from_student = _to_mixture(q, m, _log_mixture(1 - beta, -gap))
+    return temperature**2 * (beta * from_teacher + (1 - beta) * from_student)
 
 
-def _exp_less_line(x: jax.Array) -> jax.Array:
-    """`exp(x) - 1 - x` for `|x| < 1`, to full relative precision."""
-    series = jnp.ones_like(x)
-    for n in range(12, 2, -1):
-        series = 1 + series * x / n
-    return series * x * x / 2
+def _to_mixture(p: jax.Array, m: jax.Array, gap: jax.Array) -> jax.Array:
+    """`sum p (log p - log m)`, `gap = log m - log p`.
+
+    Both sum to one, so adding m - p to each term adds nothing in all; but then no term is
+    negative.
+    """
+    gap = jnp.where(p > 0, gap, 0.0)
+    near = (p > 0) & (jnp.abs(gap) < 1)
+    terms = jnp.where(near, p * excess(jnp.where(near, gap, 0.0)), m - p - p * gap)
+    return jnp.sum(terms, -1)
 
 
-def _log_softmax(x: jax.Array, temperature: jax.Array, counts: jax.Array) -> jax.Array:
-    """Over the last axis, minus infinity where a class does not count."""
-    top = jnp.max(jnp.where(counts, x, -jnp.inf), -1, keepdims=True)
-    # Subtracted before the temperature divides and rounds.
-    x = x - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-    x = jnp.where(counts, x / temperature, -jnp.inf)
-    total = jnp.sum(jnp.exp(x), -1, keepdims=True)
-    return x - jnp.log(jnp.where(total == 0, 1.0, total))
+def _log_mixture(share: float, gap: jax.Array) -> jax.Array:
+    """`log(share + (1 - share) e^gap)`."""
+    near = jnp.abs(gap) < 1
+    small = jnp.log1p((1 - share) * jnp.expm1(jnp.where(near, gap, 0.0)))
+    large = jnp.logaddexp(math.log(share), math.log1p(-share) + jnp.where(near, 0.0, gap))
+    return jnp.where(near, small, large)
+
+
+def soft_cross_entropy(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    axis: int = -1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Cross-entropy of the student with the softened teacher.
+
+    `-T^2 sum_c p_c log q_c`, `p` and `q` as in `kl`: its gradients are those of `kl`, and
+    its value is larger by `T^2` times the teacher's entropy. With smoothed labels instead
+    of a teacher, the baseline, it is `optax.softmax_cross_entropy(logits,
+    optax.smooth_labels(one_hot, alpha))`.
+
+    Args:
+      student_logits, teacher_logits, temperature, axis, where: as for `kl`.
+
+    Returns:
+      The loss of each example, `[...]`, in float32 or wider; the teacher's entropy times
+      `T^2`, with gradient 0, where both are equal.
+
+    Raises:
+      ValueError, TypeError: as `kl`.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> student, teacher = jnp.array([[0.0, 0.0]]), jnp.array([[5.0, -1.0]])
+    >>> jc.distill.soft_cross_entropy(student, teacher).round(4)  # log 2, whatever it says
+    Array([0.6931], dtype=float32)
+
+    Hinton, Vinyals and Dean, 2015, arXiv:1503.02531.
+    """
+    s, t, temperature, counts = paired(student_logits, teacher_logits, temperature, axis, where)
+    p = jnp.exp(log_softmax(t, temperature, counts))
+    log_q = log_softmax(s, temperature, counts)
+    return -(temperature**2) * jnp.sum(p * jnp.where(p > 0, log_q, 0.0), -1)
+
+
+def mse(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    axis: int = -1,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Mean squared difference of the logits.
+
+    `mean_c (s_c - t_c)^2`. A temperature would change nothing: `T^2 (s / T - t / T)^2`
+    is the same. For centred logits it is twice the limit of `kl` as `T` grows.
+
+    Args:
+      student_logits, teacher_logits, axis: as for `kl`.
+      where: bool, broadcastable to the logits: classes that count, in the mean too.
+
+    Returns:
+      The loss of each example, `[...]`, in float32 or wider; 0, with gradient 0, where
+      both are equal, and where no class counts.
+
+    Raises:
+      ValueError, TypeError: as `kl`.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> jc.distill.mse(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 4.0]]))
+    Array([2.], dtype=float32)
+
+    Ba and Caruana, 2014, arXiv:1312.6184; Kim et al., 2021, arXiv:2105.08919.
+    """
+    s, t, _, counts = paired(student_logits, teacher_logits, axis=axis, where=where)
+    gap = jnp.where(counts, s, 0.0) - jnp.where(counts, t, 0.0)
+    return jnp.sum(gap**2, -1) / jnp.maximum(jnp.sum(counts, -1), 1)

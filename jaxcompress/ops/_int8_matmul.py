@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
+from jaxcompress.ops._cpu import cpu_refuses
 from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton
 
 __all__ = ["MAX_K", "int8_matmul"]
@@ -57,9 +58,9 @@ def int8_matmul(
       group_size: the neighbouring `k` that share a scale; it need not divide `k`.
       transpose_w: whether `w` comes as `[n, k]`; `w_scale` is `[..., g, n]` all the same.
       dtype: of the scaled result.
-      implementation: "xla" (uint8 x int8 on the CPU), "pallas_tpu" or "triton" (scales
-        and zero points in the kernel, no groups), "reference", or None for the first that
-        serves the shape on the platform.
+      implementation: "cpu" (the native kernels), "xla" (uint8 x int8 on the CPU),
+        "pallas_tpu" or "triton" (scales and zero points in the kernel, no groups),
+        "reference", or None for the first that serves the shape on the platform.
 
     Returns:
       `[..., m, n]`: exact int32 without scales, of `dtype` with them. Differentiable in the
@@ -85,13 +86,9 @@ def int8_matmul(
     check_scales({"w_scale": w_scale, "w_zero_point": w_zero_point}, w.shape[:-2], k, n, group_size)
     if group_size is not None and w_scale is None:
         raise ValueError("group_size needs a w_scale of shape [..., g, n]")
-    longest, limit = min(k, group_size or k), MAX_K
-    if w_zero_point is not None:
-        limit = MAX_K_ZERO_POINT
-        if w_zero_point.dtype != jnp.int8:
-            raise TypeError(f"int8_matmul takes int8; w_zero_point is {w_zero_point.dtype}")
-    if longest > limit:
-        raise ValueError(f"int8_matmul sums at most {limit} products exactly; got k = {longest}")
+    if w_zero_point is not None and w_zero_point.dtype != jnp.int8:
+        raise TypeError(f"int8_matmul takes int8; w_zero_point is {w_zero_point.dtype}")
+    check_sums(min(k, group_size or k), w_zero_point is not None)
     if w.ndim == 2:  # one product of all rows
         rows = math.prod(lead) * m
         x, w = x.reshape(1, rows, k), w[None]
@@ -168,6 +165,13 @@ def check_scales(
     return groups
 
 
+def check_sums(longest: int, has_zero: bool) -> None:
+    """Raises if a sum of so many products may leave int32."""
+    limit = MAX_K_ZERO_POINT if has_zero else MAX_K
+    if longest > limit:
+        raise ValueError(f"int8_matmul sums at most {limit} products exactly; got k = {longest}")
+
+
 def scaled_sums(
     multiply: Callable[[jax.Array, jax.Array, bool], jax.Array],
     x: jax.Array,
@@ -222,10 +226,21 @@ def _integer_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
     return lax.dot_general(x, w, (contract, (batch, batch)), preferred_element_type=jnp.int32)
 
 
-def _xla(static, x, w, x_scale, w_scale, zero):
+def _cpu(static, *operands):
+    from jaxcompress.kernels.int8_matmul import cpu as kernel
+
+    return _scaled(static, kernel.int8_matmul, *operands)
+
+
+def _xla(static, *operands):
     from jaxcompress.kernels.int8_matmul import xla as kernel
 
-    multiply = lambda x, w, transpose_w: kernel.int8_matmul(x, w, transpose_w=transpose_w)
+    return _scaled(static, kernel.int8_matmul, *operands)
+
+
+def _scaled(static, kernel, x, w, x_scale, w_scale, zero):
+    """Sums by a kernel, scales by XLA."""
+    multiply = lambda x, w, transpose_w: kernel(x, w, transpose_w=transpose_w)
     sums = scaled_sums(
         multiply, x, w, x_scale, w_scale, zero, static.group_size, static.transpose_w
     )
@@ -273,6 +288,7 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
     refuses_tpu = lambda problem, platform: no_pallas_tpu(platform) or _has_groups(problem)
     refuses_gpu = lambda problem, platform: no_triton(platform) or _has_groups(problem)
     return (
+        Implementation("cpu", "native uint8 x int8 -> int32", bound(_cpu), cpu_refuses),
         Implementation("xla", "uint8 x int8 -> int32 by XLA", bound(_xla), _xla_refuses),
         Implementation("pallas_tpu", fused, bound(_pallas_tpu), refuses_tpu, _defers),
         Implementation("triton", fused, bound(_triton), refuses_gpu, _defers),
