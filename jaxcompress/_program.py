@@ -23,6 +23,7 @@ from jax.extend.core.primitives import scan_p
 from jaxcompress._accelerate import accelerate
 from jaxcompress._accelerate._probe import Log, probe
 from jaxcompress._paths import leaves_with_paths, rebuild
+from jaxcompress._quax import scan_sizes
 
 __all__ = ["Program", "Unit", "is_array", "name_of", "trace"]
 
@@ -168,8 +169,8 @@ def _body(eqn: JaxprEqn) -> ClosedJaxpr | None:
 
 def _scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
     """Where the carry and where the scanned inputs begin."""
-    consts = eqn.params["num_consts"]
-    return consts, consts + eqn.params["num_carry"]
+    consts, carry = scan_sizes(eqn.params)
+    return consts, consts + carry
 
 
 def _scanned(jaxpr: Jaxpr, names: dict[Any, str]) -> dict[str, int]:

@@ -125,3 +125,11 @@ def differentiated_inside(array: Any) -> bool:
                         return True
         frame = frame.f_back
     return False
+
+
+def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants a scan has, and how many values it carries."""
+    if "num_consts" in params:  # JAX before 0.12
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))
