@@ -2,7 +2,7 @@
 
 A block of the result stays in VMEM while the blocks along `k` pass by; the last of them
 brings zero points, scales and the cast. Blocks that reach over `m` or `n` are cut when
-they are stored; what lies beyond `k` is made zero on the side of `x`.
+they are stored; beyond `k` there are zeros on the side of `x`.
 """
 
 import functools
@@ -39,7 +39,7 @@ def blocks(m: int, n: int, k: int, chip: str | None = None) -> tuple[int, int, i
     """The blocks for a product of this size: a function of shape and chip alone."""
     block_m, block_n, block_k = BLOCKS.get(chip or "", DEFAULT)
     # A block may be the whole of a dimension, whatever its size; and one that divides `k`
-    # needs no mask.
+    # needs no zeros.
     whole = [c for c in range(block_k, 127, -128) if k % c == 0]
     tiles = lambda size, tile: size if size <= tile else -(-size // tile) * tile
     return (
@@ -78,7 +78,11 @@ def int8_matmul(
     block_m, block_n, block_k = block or blocks(m, n, k, chip)
     row = pl.BlockSpec((None, block_m, 1), lambda b, i, j, k: (b, i, 0))
     column = pl.BlockSpec((None, 1, block_n), lambda b, i, j, k: (b, 0, j))
-    operands = {"x": x, "w": w}
+    # Zeros in x beyond k, so that whatever stands in a block of w there counts nothing. A
+    # mask in the kernel takes the registers that the sums need.
+    beyond = -k % block_k
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, beyond))) if beyond else x
+    operands = {"x": padded, "w": w}
     specs = [
         pl.BlockSpec((None, block_m, block_k), lambda b, i, j, k: (b, i, k)),
         pl.BlockSpec((None, block_n, block_k), lambda b, i, j, k: (b, j, k))
@@ -96,7 +100,7 @@ def int8_matmul(
     if w_scale is not None:
         operands["w_scale"] = w_scale.astype(jnp.float32)
         specs.append(column)
-    kernel = functools.partial(_kernel, tuple(operands), transpose_w, k)
+    kernel = functools.partial(_kernel, tuple(operands), transpose_w)
     return pl.pallas_call(
         kernel,
         grid=(b, pl.cdiv(m, block_m), pl.cdiv(n, block_n), pl.cdiv(k, block_k)),
@@ -113,27 +117,25 @@ def int8_matmul(
     )(*operands.values())
 
 
-def _kernel(names, transpose_w, k_size, *refs):
+def _kernel(names, transpose_w, *refs):
     *inputs, out, sums = refs
     ref = dict(zip(names, inputs))
     step, steps = pl.program_id(3), pl.num_programs(3)
-    (block_m, block_n), block_k = sums.shape, ref["x"].shape[1]
+    block_m, block_n = sums.shape
     tile_m = _ROWS if block_m % _ROWS == 0 else block_m
     tile_n = _COLUMNS if block_n % _COLUMNS == 0 else block_n
     tiles_n = block_n // tile_n
 
     @pl.loop(0, block_m // tile_m * tiles_n)
     def _(i):
-        rows, columns = _tile(lax.div(i, tiles_n), tile_m), _tile(lax.rem(i, tiles_n), tile_n)
+        rows = _tile(lax.div(i, tiles_n), tile_m, block_m)
+        columns = _tile(lax.rem(i, tiles_n), tile_n, block_n)
 
         @pl.when(step == 0)
         def _():
             sums[rows, columns] = jnp.zeros((tile_m, tile_n), sums.dtype)
 
         x = ref["x"][rows, :]
-        if k_size % block_k:
-            here = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-            x = jnp.where(here < k_size - step * block_k, x, 0)
         w = ref["w"][columns, :] if transpose_w else ref["w"][:, columns]
         contract = ((1,), (1 if transpose_w else 0,))
         sums[rows, columns] += lax.dot_general(
@@ -152,8 +154,10 @@ def _kernel(names, transpose_w, k_size, *refs):
             out[rows, columns] = result.astype(out.dtype)
 
 
-def _tile(i, size):
-    """The tile number `i`, of a size that the compiler may rely on."""
+def _tile(i, size, whole=None):
+    """The tile number `i`, of a size that the compiler may rely on; all of it if that is one."""
+    if size == whole:
+        return slice(None)
     return pl.ds(pl.multiple_of(i * size, size), size)
 
 

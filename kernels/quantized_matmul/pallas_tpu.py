@@ -140,7 +140,7 @@ def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
     @pl.loop(0, block_k // tall * tiles)
     def _(i):
         strip = lax.div(i, tiles)
-        rows, columns = _tile(strip, tall), _tile(lax.rem(i, tiles), turned)
+        rows, columns = _tile(strip, tall, block_k), _tile(lax.rem(i, tiles), turned, block_n)
         if transpose_w:
             codes = w_ref[columns, rows].astype(jnp.int32)
         elif bits == 8:
@@ -156,7 +156,7 @@ def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
             weight = weight * _spread(scale_ref[at, :, columns], tall)
         weight_ref[rows, columns] = weight.astype(x_ref.dtype)
 
-    here = slice(None) if x_ref.shape[1] == block_k else _tile(step, block_k)
+    here = _tile(step, block_k, x_ref.shape[1])
     tile_m = _ROWS if block_m % _ROWS == 0 else block_m
     tile_n = _COLUMNS if block_n % _COLUMNS == 0 else block_n
     tiles_n = block_n // tile_n
