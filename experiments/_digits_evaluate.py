@@ -34,15 +34,13 @@ def model_files(folder: Path, variant: str) -> list[Path]:
 
 def main(folder: Path, variant: str) -> None:
     test = digits().test
+    load = lambda file: jc.prepack(jc.io.load(file))
     x = jnp.asarray(test.x)
-    out = np.stack(
-        [np.asarray(logits(jc.io.load(file), x)) for file in model_files(folder, variant)]
-    )
+    out = np.stack([np.asarray(logits(load(file), x)) for file in model_files(folder, variant)])
     np.save(folder / f"{variant}.npy", out)
     # Kilobytes on Linux. Read before the dense model, for comparison only, is loaded too.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ours = jc.io.load(model_files(folder, variant)[0])
-    dense = jc.io.load(model_files(folder, "dense")[0])
+    ours, dense = (load(model_files(folder, name)[0]) for name in (variant, "dense"))
     latency = {}
     for batch in BATCHES:
         rows = x[:batch]

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from _data import Digits
+from _data import Dataset
 from _digits_models import SHIFTS, hard_loss, shifted, soft_loss, student, teacher
 
 BATCH = 100
@@ -35,7 +35,7 @@ def fit(
     params: Any,
     optimizer: Callable[[Any], optax.GradientTransformation],
     loss: Callable[..., jax.Array],
-    data: Digits,
+    data: Dataset,
     table: jax.Array,
     keys: jax.Array,
     epochs: int,
@@ -96,12 +96,12 @@ def fit(
     )
 
 
-def cosine(peak: float, epochs: int, data: Digits) -> optax.Schedule:
+def cosine(peak: float, epochs: int, data: Dataset) -> optax.Schedule:
     """A learning rate that falls to zero along half a cosine."""
     return optax.cosine_decay_schedule(peak, epochs * (len(data.train.y) // BATCH))
 
 
-def fit_teacher(data: Digits, key: jax.Array, epochs: int, advance: Callable) -> Fit:
+def fit_teacher(data: Dataset, key: jax.Array, epochs: int, advance: Callable) -> Fit:
     """One network of 2x1200 with dropout."""
     init, train = jax.random.split(key)
     params = jax.vmap(lambda k: teacher.init(k, data.train.x[:1]))(init[None])
@@ -110,7 +110,7 @@ def fit_teacher(data: Digits, key: jax.Array, epochs: int, advance: Callable) ->
     return fit(teacher.apply, params, adam, hard_loss, data, no_table, train[None], epochs, advance)
 
 
-def teacher_table(params: Any, data: Digits) -> jax.Array:
+def teacher_table(params: Any, data: Dataset) -> jax.Array:
     """The teacher's logits for every training digit under every shift, `[shift, digit, 10]`."""
     x = jnp.asarray(data.train.x)
     one = jax.jit(lambda params, s: teacher.apply(params, shifted(x, jnp.full(len(x), s))))
@@ -118,7 +118,7 @@ def teacher_table(params: Any, data: Digits) -> jax.Array:
 
 
 def fit_students(
-    data: Digits,
+    data: Dataset,
     table: jax.Array,
     seeds: Sequence[int],
     epochs: int,

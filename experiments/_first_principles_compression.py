@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from _data import Digits, Split
+from _data import Dataset, Split
 from _digits_models import SHIFTS, shifted
 from _first_principles_model import (
     Lesson,
@@ -30,7 +30,7 @@ GROUP = 56  # divides 784
 TEMPERATURE, SOFT_SHARE = 4.0, 0.9
 
 
-def large_net(data: Digits, key: jax.Array, passes: int) -> Params:
+def large_net(data: Dataset, key: jax.Array, passes: int) -> Params:
     """The network to compress; it sees every digit shifted by up to two pixels."""
     k_init, k_order, k_shift = jax.random.split(key, 3)
     order = batches(k_order, len(data.train.y), 100, passes * len(data.train.y) // 100)
@@ -48,7 +48,7 @@ def large_net(data: Digits, key: jax.Array, passes: int) -> Params:
     return run(init(k_init, LARGE), order, shifts, data.train)
 
 
-def quantization(data: Digits, net: Params) -> Lesson:
+def quantization(data: Dataset, net: Params) -> Lesson:
     """Eight and four bits for a trained matrix: error against its bound, bytes, accuracy."""
     specs = {
         "int8, a scale per tensor": jc.quantize.int8(axis=(-1, -2)),
@@ -214,7 +214,7 @@ def _largest(k: int, h: jax.Array) -> jax.Array:
     return jnp.where(jax.vmap(one)(h), h, 0)
 
 
-def activation_pruning(data: Digits, key: jax.Array, net: Params, passes: int) -> Lesson:
+def activation_pruning(data: Dataset, key: jax.Array, net: Params, passes: int) -> Lesson:
     """Each example keeps its own k largest activations, against one choice for all."""
     x, y = data.test
     width, trained = LARGE[1], 32
@@ -272,7 +272,7 @@ def activation_pruning(data: Digits, key: jax.Array, net: Params, passes: int) -
     )
 
 
-def distillation(data: Digits, key: jax.Array, teacher: Params, passes: int) -> Lesson:
+def distillation(data: Dataset, key: jax.Array, teacher: Params, passes: int) -> Lesson:
     """A small net learns from the labels alone, or from the large net's answers as well.
 
     Chosen on the validation digits: the temperature (of 1, 4, 10), the share (of 0.9, 1) and

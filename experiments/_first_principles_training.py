@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from _data import Digits, Split
+from _data import Dataset, Split
 from _first_principles_model import (
     Lesson,
     Params,
@@ -64,7 +64,7 @@ OPTIMIZERS = {
 }
 
 
-def optimizers(data: Digits, key: jax.Array, passes: int) -> Lesson:
+def optimizers(data: Dataset, key: jax.Array, passes: int) -> Lesson:
     """Four optimizers read the same number of digits.
 
     Each runs at four learning rates; the one that ends with the lowest loss on the training
@@ -109,7 +109,7 @@ def optimizers(data: Digits, key: jax.Array, passes: int) -> Lesson:
     )
 
 
-def _at_rates(optimizer: Optimizer, start: Params, order: jax.Array, data: Digits) -> Any:
+def _at_rates(optimizer: Optimizer, start: Params, order: jax.Array, data: Dataset) -> Any:
     """For each learning rate: the batches' losses by pass, the final loss, test accuracy."""
 
     @jax.jit
@@ -150,7 +150,7 @@ def _by_equation(
     return jnp.max(jnp.abs(w - ravel_pytree(by_optax)[0]))
 
 
-def accumulation(data: Digits, key: jax.Array, updates: int) -> Lesson:
+def accumulation(data: Dataset, key: jax.Array, updates: int) -> Lesson:
     """Eight micro-batches, averaged, make the step of one large batch; summed, they do not."""
     k_init, k_order = jax.random.split(key)
     start, order = init(k_init, SIZES), batches(k_order, len(data.train.y), LARGE, updates)
@@ -191,7 +191,7 @@ def accumulation(data: Digits, key: jax.Array, updates: int) -> Lesson:
     )
 
 
-def data_parallel(data: Digits, key: jax.Array, updates: int) -> Lesson:
+def data_parallel(data: Dataset, key: jax.Array, updates: int) -> Lesson:
     """Eight devices, a part of the batch each: the mean of their gradients is the gradient."""
     k_init, k_order = jax.random.split(key)
     start, order = init(k_init, SIZES), batches(k_order, len(data.train.y), LARGE, updates)
@@ -240,7 +240,7 @@ def data_parallel(data: Digits, key: jax.Array, updates: int) -> Lesson:
     )
 
 
-def clipping(data: Digits, key: jax.Array, updates: int) -> Lesson:
+def clipping(data: Dataset, key: jax.Array, updates: int) -> Lesson:
     """One batch arrives unscaled, pixels 0 to 255; clipping its gradient saves the run."""
     k_init, k_order = jax.random.split(key)
     start, order = init(k_init, SIZES), batches(k_order, len(data.train.y), 100, updates)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from _data import Digits, Split
+from _data import Dataset, Split
 from _harness import fail
 
 _FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
@@ -15,21 +15,25 @@ _FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 
 
-def mnist(folder: Path, validation: int = 5000) -> Digits:
+def mnist(folder: Path, validation: int = 5000) -> Dataset:
     """60,000 images to train and choose on, the last `validation` of them, and 10,000 to test."""
     x, y, test_x, test_y = (_read(folder, name) for name in _FILES)
     flat = lambda images: (images.reshape(len(images), -1) / 255).astype(np.float32)
     x, test_x = flat(x), flat(test_x)
     y, test_y = y.astype(np.int32), test_y.astype(np.int32)
     cut = len(x) - validation
-    return Digits(Split(x[:cut], y[:cut]), Split(x[cut:], y[cut:]), Split(test_x, test_y))
+    return Dataset(Split(x[:cut], y[:cut]), Split(x[cut:], y[cut:]), Split(test_x, test_y))
 
 
-def fashion() -> Digits:
-    """Fashion-MNIST as Debian's package has it."""
-    if not FASHION.is_dir():
-        fail("Fashion-MNIST comes with Debian's package: apt-get install dataset-fashion-mnist")
-    return mnist(FASHION)
+def fashion(folder: Path | None = None) -> Dataset:
+    """Fashion-MNIST in full (Xiao et al., 2017), from a folder or Debian's package."""
+    folder = folder or FASHION
+    if not (folder / f"{_FILES[0]}.gz").exists():
+        fail(
+            f"Fashion-MNIST is not in {folder}. It comes with Debian's package: apt-get install "
+            "dataset-fashion-mnist"
+        )
+    return mnist(folder)
 
 
 def _read(folder: Path, name: str) -> np.ndarray:

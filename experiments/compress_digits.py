@@ -105,7 +105,7 @@ def run(options: Any, out: Path) -> dict[str, Any]:
         result, one, params = results[name], fits[name], shipped[name][0]
         reasons = [
             report.why(
-                report.explained(params, student.apply, x[:batch]),
+                report.explained(jc.prepack(params), student.apply, x[:batch]),
                 result["latency_ms"][str(batch)]["ratio_to_dense"],
                 batch,
             )

@@ -11,6 +11,7 @@ from jaxcompress._accelerate import accelerate
 from jaxcompress._accelerate._explain import explain
 from jaxcompress._calibrate import calibrate
 from jaxcompress._layout import layout
+from jaxcompress._prepack import prepack
 
 __all__ = [
     "accelerate",
@@ -21,6 +22,7 @@ __all__ = [
     "io",
     "layout",
     "ops",
+    "prepack",
     "prune",
     "quantize",
     "statistics",

@@ -90,7 +90,7 @@ def _checkpoint(*args, jaxpr, prevent_cse, differentiated, policy, **params):
 
 
 @quax.register(jit_p, precedence=1)
-def _jit(*args: ArrayLike | quax.ArrayValue, jaxpr, **params):
+def _jit(*args: ArrayLike | quax.ArrayValue, jaxpr: Any, **params: Any) -> Any:
     """quax's own rule. `nnx.jit` returns the whole module: only what it changed is new."""
     passed = {id(var): arg for var, arg in zip(jaxpr.jaxpr.invars, args)}
     out = jit_quax(*args, jaxpr=jaxpr, **params)
@@ -125,3 +125,11 @@ def differentiated_inside(array: Any) -> bool:
                         return True
         frame = frame.f_back
     return False
+
+
+def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants a scan has, and how many values it carries."""
+    if "num_consts" in params:  # JAX before 0.12
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))

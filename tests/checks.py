@@ -3,11 +3,16 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
 import oracles
 from jaxcompress.arrays import IntType, QuantizedArray
+from jaxcompress.kernels import cpu
+
+# What the CPU takes first: a machine without a compiler has no native kernels.
+ON_CPU = "xla" if cpu.missing() else "cpu"
 
 EPS = 2.0**-24  # half the spacing of float32: the largest relative error of one rounding
 
@@ -82,6 +87,15 @@ def assert_einsum(got, equation, x, q, contract=-1):
     terms = np.prod([x.shape[a] for a in contracted])
     want = np.einsum(equation, x, w)
     assert_sums(got, want, np.einsum(equation, np.abs(x), np.abs(w)), terms)
+
+
+def through(statistic, batches):
+    """The value of a statistic of `[m, k]` batches, by its triple."""
+    zeros = jnp.zeros(statistic.shape(batches[0].shape[-1]))
+    state, ones = statistic.init(zeros), jnp.ones(())
+    for batch in batches:
+        state = jax.jit(statistic.join)(state, statistic.of(jnp.asarray(batch)), ones)
+    return np.asarray(jax.jit(statistic.finalize)(state))
 
 
 def run(fn, params, *args):

@@ -1,6 +1,7 @@
 """Imports point one way, and what only some users have is imported only where it is used."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A file may import from its own layer and from those before it.
 LAYERS = [
-    ["_quax", "_max_dtype", "arrays", "_paths", "_rules"],
-    ["ops"],
-    ["_accelerate", "_layout", "_calibrate", "statistics"],
+    ["_quax", "_max_dtype", "_histogram", "_statistics", "_ranges", "arrays", "_paths", "_rules"],
+    ["ops", "io"],
+    ["_accelerate", "_layout", "_calibrate", "_prepack", "statistics"],
+    ["_program", "_matrices", "_sequential"],
     ["quantize", "prune", "distill"],
-    ["io"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 RUN_TIME = {"equinox", "jax", "jaxlib", "numpy", "optax", "quax", "safetensors"}
@@ -63,7 +64,8 @@ def test_kernels_know_arrays_only(path):
     allowed = {"jax", "jax_triton", "triton", "numpy"}
     for name, _ in imports(path):
         top = name.split(".")[0]
-        assert top in allowed | __import__("sys").stdlib_module_names, name
+        known = top in allowed | __import__("sys").stdlib_module_names
+        assert known or name.startswith("jaxcompress.kernels."), name
 
 
 def test_files_are_short():
@@ -71,3 +73,12 @@ def test_files_are_short():
         for path in (ROOT / folder).rglob("*.py"):
             lines = len(path.read_text().splitlines())
             assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_every_package_ships():
+    """Packages are listed in pyproject.toml, because the kernels come through a link."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    top = ROOT / "jaxcompress"
+    folders = {p.parent for p in (*top.rglob("*.py"), *(top / "kernels").rglob("*.py"))}
+    there = {".".join(p.relative_to(ROOT).parts) for p in folders}
+    assert set(listed) == there

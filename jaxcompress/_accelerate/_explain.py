@@ -63,9 +63,9 @@ def explain(
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> params = jc.quantize.quantize({"w": jnp.ones((8, 4))}, {"w": jc.quantize.w8a8()})
-    >>> [row] = jc.explain(lambda p, x: x @ p["w"], params, jnp.ones((32, 8)), platform="cpu")
+    >>> [row] = jc.explain(lambda p, x: x @ p["w"], params, jnp.ones((32, 8)), platform="tpu")
     >>> row.path, row.op, row.implementation, row.nbytes
-    ('w', 'int8_matmul', 'xla', 48)
+    ('w', 'int8_matmul', 'reference', 48)
     """
     platform = platform or jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform

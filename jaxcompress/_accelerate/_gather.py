@@ -26,6 +26,7 @@ def gather(
     Rows are decoded at once, there are few of them. Matrices, one expert of several
     say, stay compressed: the product that they were looked up for is still to come.
     """
+    q = q.widened() if q.scale.dtype != jnp.float32 else q
     looked_up = [d for d in range(q.ndim) if slice_sizes[d] != q.shape[d]]
     if sorted(dimension_numbers.collapsed_slice_dims) != looked_up:
         return None
@@ -63,6 +64,7 @@ def gather(
         scale=rows(q.scale, fill_value),
         zero_point=None if q.zero_point is None else rows(q.zero_point, fill),
         act_scale=None if q.act_scale is None else rows(q.act_scale, fill_value),
+        act_offset=None if q.act_offset is None else rows(q.act_offset, fill_value),
         axis=axis,
         group_size=q.group_size and tuple(g for a, g in zip(q.axis, q.group_size) if a in axis),
     )

@@ -13,14 +13,14 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from jaxcompress._quax import ragged_dot_general_p
-from jaxcompress.arrays import QuantizedArray
+from jaxcompress.arrays import PrepackedArray, QuantizedArray
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import reshape
 from jaxcompress.arrays._uses import listener
 from jaxcompress.arrays._views import groups, transpose
-from jaxcompress.ops._linear import encode_activations, linear, plan
+from jaxcompress.ops._linear import Weight, encode_activations, linear, plan
 
-__all__ = ["convolution", "dot_general", "ragged_dot"]
+__all__ = ["convolution", "dot_general", "prepacked", "ragged_dot"]
 
 Result = jax.Array | str
 
@@ -36,6 +36,7 @@ def dot_general(
         return "an empty product"
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"the other operand is {x.dtype}"
+    stored, w = w, w.widened()
     if w.packed is not None and w.packed_axis % w.ndim not in w_contract:
         w = w.unpacked()  # the ops read bit planes along the contracted axis only
     w = _ungroup(w, [d for d in range(w.ndim) if d not in w_contract])
@@ -61,14 +62,42 @@ def dot_general(
     flat = reshape(turned, [*one_batch, *((n, k) if transpose_w else (k, n))])
     if flat is None:
         return "its scales do not follow the axes that the product merges"
-    _note_product(w, flat, lax.dot_general_p, m, k, n, x.dtype.name)
+    _note_product(stored, flat, transpose_w, lax.dot_general_p, m, k, n, x.dtype.name)
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, k)
     out = linear(rows, flat, transpose_w, dtype)
     out = out.reshape(*batch, *(x.shape[d] for d in x_free), *(w.shape[d] for d in w_free))
+    return _weight_first(out, len(batch), len(x_free)) if weight_first else out
+
+
+def prepacked(
+    x: jax.Array, w: PrepackedArray, dimension_numbers: Any, weight_first: bool, dtype: Any
+) -> jax.Array | None:
+    """`lax.dot_general` of exactly the product that `w` is packed for, else None."""
+    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     if weight_first:
-        b, f = len(batch), len(batch) + len(x_free)
-        out = lax.transpose(out, [*range(b), *range(f, out.ndim), *range(b, f)])
-    return out
+        (w_contract, x_contract), (w_batch, x_batch) = dimension_numbers
+    dense = jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
+    lead = range(len(w.lead))
+    if not dense or tuple(w_batch) != tuple(lead) or sorted(w_contract) != [*w.contracted_dims]:
+        return None
+    x_contract = [x_contract[list(w_contract).index(d)] for d in w.contracted_dims]
+    x_free = [d for d in range(x.ndim) if d not in x_contract and d not in x_batch]
+    free = [w.shape[d] for d in range(len(lead), w.ndim) if d not in w_contract]
+    batch = [w.shape[d] for d in lead]
+    one_batch = [math.prod(batch)] if batch else []
+    m = math.prod(x.shape[d] for d in x_free)
+    _note_product(w, w, w.transpose_w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
+    rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, w.k)
+    flat = jax.tree.map(lambda a: a.reshape(*one_batch, *a.shape[len(batch) :]), w)
+    out = linear(rows, flat, w.transpose_w, dtype)
+    out = out.reshape(*batch, *(x.shape[d] for d in x_free), *free)
+    return _weight_first(out, len(batch), len(x_free)) if weight_first else out
+
+
+def _weight_first(out: jax.Array, batch: int, x_free: int) -> jax.Array:
+    """The result with the axes of the weight before those of `x`."""
+    b, f = batch, batch + x_free
+    return lax.transpose(out, [*range(b), *range(f, out.ndim), *range(b, f)])
 
 
 def ragged_dot(
@@ -83,11 +112,12 @@ def ragged_dot(
     if w.scale.shape[1] != 1 or w.zero_point is not None:
         return "groups or zero points in a ragged product"
     m, (_, k, n) = x.shape[0], w.shape
-    _note_product(w, w, ragged_dot_general_p, m, k, n, x.dtype.name, "integers as floats")
+    as_floats = f"{w.qtype.name} as floats"
+    _note_product(w, w, False, ragged_dot_general_p, m, k, n, x.dtype.name, as_floats)
     x_scale = None
     if w.act is not None:
-        x, x_scale = encode_activations(x, w.act, _first(w.act_scale))
-    codes = w.codes().astype(x.dtype)
+        x, x_scale = _centred(x, w)
+    w, codes = w.widened(), w.numbers().astype(x.dtype)
     params = {**params, "preferred_element_type": jnp.dtype(jnp.float32)}
     sums = ragged_dot_general_p.bind(x, codes, group_sizes, **params)
     expert = jnp.repeat(jnp.arange(w.shape[0]), group_sizes, total_repeat_length=m)
@@ -107,15 +137,13 @@ def convolution(x: jax.Array, w: QuantizedArray, params: dict[str, Any], dtype: 
     if w.act is not None:  # a token is an example here: one scale for each image
         first = numbers.lhs_spec[0]
         rows = jnp.moveaxis(x, first, 0)
-        codes, x_scale = encode_activations(
-            rows.reshape(x.shape[first], -1), w.act, _first(w.act_scale)
-        )
+        codes, x_scale = _centred(rows.reshape(x.shape[first], -1), w)
         x = jnp.moveaxis(codes.reshape(rows.shape), 0, first)
-    why = "XLA's float convolution of the integers"
+    why = f"XLA's float convolution of {w.qtype.name} as floats"
     w.note(lax.conv_general_dilated_p, "convolution", "reference", why)
     params = {**params, "preferred_element_type": None}
-    sums = lax.conv_general_dilated_p.bind(x, w.codes().astype(x.dtype), **params)
-    sums = sums.astype(jnp.float32)
+    sums = lax.conv_general_dilated_p.bind(x, w.numbers().astype(x.dtype), **params)
+    w, sums = w.widened(), sums.astype(jnp.float32)
     if x_scale is not None:
         per_example = [1] * sums.ndim
         per_example[numbers.out_spec[0]] = x_scale.shape[0]
@@ -125,14 +153,18 @@ def convolution(x: jax.Array, w: QuantizedArray, params: dict[str, Any], dtype: 
     return (sums * w.scale.astype(jnp.float32).reshape(per_feature)).astype(dtype)
 
 
-def _first(act_scale: jax.Array | None) -> jax.Array | None:
-    """A static scale as `[1, 1]`."""
-    return None if act_scale is None else act_scale.reshape(-1)[:1].reshape(1, 1)
+def _centred(x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+    """`x[m, k]` in steps of its scale, zero at zero, which is what padding inserts."""
+    first = lambda part: None if part is None else part.reshape(-1)[:1].reshape(1, 1)
+    assert w.act is not None
+    codes, scale, offset = encode_activations(x, w.act, first(w.act_scale), first(w.act_offset))
+    return (codes if offset is None else codes + offset / scale), scale
 
 
 def _note_product(
-    w: QuantizedArray,
-    flat: QuantizedArray,
+    w: Weight,
+    flat: Weight,
+    transpose_w: bool,
     primitive: Primitive,
     m: int,
     k: int,
@@ -146,7 +178,7 @@ def _note_product(
     if instead:
         w.note(primitive, primitive.name, "reference", instead)
     else:
-        op, (implementation, why) = plan(flat, m, k, n, dtype, here.platform)
+        op, (implementation, why) = plan(flat, transpose_w, m, k, n, dtype, here.platform)
         w.note(primitive, op, implementation.name, why)
 
 

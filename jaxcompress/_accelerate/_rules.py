@@ -14,10 +14,17 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from jaxcompress._accelerate import _probe, _products
+from jaxcompress._accelerate._block_sparse import block_sparse
 from jaxcompress._accelerate._gather import gather
 from jaxcompress._accelerate._named import mark
 from jaxcompress._quax import pvary_p, ragged_dot_general_p, stop_gradient_p
-from jaxcompress.arrays import CompressedArray, QuantizedArray, _views
+from jaxcompress.arrays import (
+    BlockSparseArray,
+    CompressedArray,
+    PrepackedArray,
+    QuantizedArray,
+    _views,
+)
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import reshape
 
@@ -30,6 +37,9 @@ def _view(primitive: Primitive, move: Callable[..., Any]) -> None:
     """A primitive that moves the indices of one array about."""
 
     def rule(x: CompressedArray, *rest: Any, **params: Any) -> Any:
+        same = x.viewed(primitive, params)
+        if same is not None:
+            return same
         small = x.lowered()
         if isinstance(small, QuantizedArray):
             moved = move(small, *rest, **params)
@@ -153,6 +163,20 @@ def _product(primitive: Primitive, operands: list, which: int, run: Callable, pa
 
 
 def _dot_general(operands: list, which: int, params: dict) -> Any:
+    w: CompressedArray = operands[which]
+    x = operands[1 - which]
+    dtype = params["preferred_element_type"] or x.dtype
+    # Those that have a product of their own, for the form that they are stored in.
+    products: dict[type[CompressedArray], Callable] = {
+        BlockSparseArray: block_sparse,
+        PrepackedArray: _products.prepacked,
+    }
+    for container, product in products.items():
+        if isinstance(w, container) and not isinstance(x, CompressedArray):
+            out = product(x, w, params["dimension_numbers"], which == 0, dtype)
+            if out is not None:
+                return mark(w.path, x, out)
+
     def run(x, w, dtype):
         return _products.dot_general(x, w, params["dimension_numbers"], which == 0, dtype)
 

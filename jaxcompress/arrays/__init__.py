@@ -2,16 +2,29 @@
 
 from jaxcompress.arrays._base import CompressedArray, is_compressed
 from jaxcompress.arrays._bitmap import BitmapSparseArray
+from jaxcompress.arrays._block import BlockSparseArray
 from jaxcompress.arrays._fake_quant import FakeQuantArray
+from jaxcompress.arrays._formats import CodebookType, FloatType, OddType, TernaryType
+from jaxcompress.arrays._nm import NMSparseArray
+from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._scaled import ScaledArray
 
 __all__ = [
     "Activation",
     "BitmapSparseArray",
+    "CodebookType",
+    "BlockSparseArray",
     "CompressedArray",
     "FakeQuantArray",
+    "FloatType",
     "IntType",
+    "NMSparseArray",
+    "OddType",
+    "PrepackedArray",
     "QuantizedArray",
+    "ScaledArray",
+    "TernaryType",
     "is_compressed",
 ]

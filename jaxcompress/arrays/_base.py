@@ -48,6 +48,17 @@ class CompressedArray(quax.ArrayValue):
         """The next simpler form that rules know: a `QuantizedArray`, or a dense array."""
         return self
 
+    def viewed(self, primitive: Primitive, params: dict[str, Any]) -> "CompressedArray | None":
+        """This array through a primitive that moves its axes, still in its own form.
+
+        None where it would lose that form; `lowered` then has its say.
+        """
+        return None
+
+    def stored(self) -> "CompressedArray":
+        """What files hold: this array, or the same values in the canonical order."""
+        return self
+
     def note(self, primitive: Primitive | str, op: str, implementation: str, why: str) -> None:
         """Tells `jaxcompress.explain` what becomes of this array."""
         here = listener()

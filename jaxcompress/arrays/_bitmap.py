@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays._base import CompressedArray
 from jaxcompress.arrays._granularity import Axes
-from jaxcompress.arrays._packing import pack, unpack
-from jaxcompress.arrays._qtype import Activation, IntType
+from jaxcompress.arrays._packing import unpack
+from jaxcompress.arrays._qtype import Activation, QType
 from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._sparse import SparseArray, codes_or_floats, fields_of, stored
 
 __all__ = ["BitmapSparseArray", "bitmap_of"]
 
 
-class BitmapSparseArray(CompressedArray):
+class BitmapSparseArray(SparseArray):
     """A sparse array of any pattern: a bitmap, and the kept values in row-major order.
 
     Invariants:
@@ -27,7 +27,7 @@ class BitmapSparseArray(CompressedArray):
       stay axes of every leaf, so slices are valid arrays.
     - `values` is `[..., kept]`: floats; or with a `qtype` int8 codes, bit-packed below
       eight bits. Where leading indices keep different numbers, the rest is padding.
-    - `scale` and `act_scale` are those of the `QuantizedArray` that the codes belong to;
+    - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes;
       a dropped element is exactly 0.
 
     There is no product of its own yet: `jaxcompress.accelerate` puts the zeros back, in
@@ -43,9 +43,10 @@ class BitmapSparseArray(CompressedArray):
     values: Any
     scale: Any = None
     act_scale: Any = None
+    act_offset: Any = None
     core: tuple[int, ...] = eqx.field(static=True, kw_only=True)
     kept: int = eqx.field(static=True, kw_only=True)
-    qtype: IntType | None = eqx.field(static=True, kw_only=True, default=None)
+    qtype: QType | None = eqx.field(static=True, kw_only=True, default=None)
     axis: Axes = eqx.field(static=True, kw_only=True, default=())
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
@@ -72,28 +73,7 @@ class BitmapSparseArray(CompressedArray):
 
     def lowered(self) -> QuantizedArray | jax.Array:
         self.note("expand", "bitmap", "reference", "zeros are put back: no sparse product yet")
-        return self._expanded()
-
-    def _expanded(self) -> QuantizedArray | jax.Array:
-        if self.qtype is None:
-            return self.dense().astype(self.float_dtype)
-        return QuantizedArray(
-            self.dense(),
-            self.scale,
-            None,
-            self.act_scale,
-            qtype=self.qtype,
-            axis=self.axis,
-            group_size=self.group_size,
-            act=self.act,
-            float_dtype=self.float_dtype,
-            path=self.path,
-        )
-
-    def materialise(self) -> jax.Array:
-        """The dense array that this one stands for, in its logical dtype."""
-        full = self._expanded()
-        return full.materialise() if isinstance(full, QuantizedArray) else full
+        return self.expanded()
 
     def __repr__(self) -> str:
         if not hasattr(self.bitmap, "shape"):  # a tree of labels or specs in its shape
@@ -125,7 +105,7 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
 
     Codes that are zero anyway are dropped too. The first `leading` axes stay axes.
     """
-    values = np.asarray(array.codes() if isinstance(array, QuantizedArray) else array)
+    values = codes_or_floats(array, path)
     keep = np.asarray(mask) & (values != 0)
     lead, core = values.shape[:leading], values.shape[leading:]
     size, rows = math.prod(core), math.prod(lead)
@@ -136,16 +116,8 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
     for row in range(rows):
         found = values[row, keep[row]]
         packed[row, : found.size] = found
-    stored = jnp.asarray(packed.reshape(*lead, kept))
-    static: dict[str, Any] = dict(core=core, kept=kept, path=path)
-    scales: dict[str, Any] = {}
-    if isinstance(array, QuantizedArray):
-        if array.qtype.bits < 8:
-            stored = pack(stored, array.qtype.bits, -1)
-        names = ("qtype", "axis", "group_size", "act", "float_dtype")
-        static |= {name: getattr(array, name) for name in names}
-        scales = dict(scale=array.scale, act_scale=array.act_scale)
-    else:
-        static["float_dtype"] = np.dtype(array.dtype)
     bits = jnp.asarray(bitmap.reshape(*lead, bitmap.shape[-1]))
-    return BitmapSparseArray(bits, stored, **scales, **static)
+    packed = packed.reshape(*lead, kept)
+    return BitmapSparseArray(
+        bits, stored(packed, array, -1), core=core, kept=kept, path=path, **fields_of(array)
+    )

@@ -1,17 +1,20 @@
 """`FakeQuantArray`: the float twin of `QuantizedArray`, for training."""
 
+import math
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._quax import differentiated_inside
 from jaxcompress.arrays._base import CompressedArray
+from jaxcompress.arrays._fit import Fit, fit
 from jaxcompress.arrays._granularity import Axes
-from jaxcompress.arrays._qtype import Activation, IntType
-from jaxcompress.arrays._quantized import QuantizedArray, store
-from jaxcompress.arrays._rounding import absmax_scale, encode, minmax_scale
+from jaxcompress.arrays._qtype import Activation, QType
+from jaxcompress.arrays._quantized import QuantizedArray, encode_with, store
+from jaxcompress.arrays._rounding import scale_gradient
 
 __all__ = ["FakeQuantArray"]
 
@@ -23,7 +26,13 @@ class FakeQuantArray(CompressedArray):
     will store; the gradient passes straight through the rounding. `weight` is the
     trained parameter. `scale` is a trained leaf (LSQ), or None: then it follows the
     weight's absolute maximum, as a constant to the gradient. `act_scale` is the static
-    scale of the activations, trained too, or None where it is dynamic or there is none.
+    scale of the activations, trained too, or None where it is dynamic or there is none;
+    `act_offset` goes with it where they are asymmetric. `act_clip` stands for both where
+    clipping is learned: activations go from 0 to it (PACT). So they do, up to the largest
+    code, where they are asymmetric without an `act_offset` (LSQ).
+
+    With `gradient_scale` the gradients of the scales are multiplied by `1 / sqrt(N Q)`
+    (LSQ); with `through_tanh` it is the weight's tanh that is quantized (DoReFa).
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> params = jc.quantize.prepare_qat({"w": jnp.ones((4, 2))}, {"w": jc.quantize.w8a8()})
@@ -34,26 +43,51 @@ class FakeQuantArray(CompressedArray):
     weight: Any
     scale: Any = None
     act_scale: Any = None
-    qtype: IntType = eqx.field(static=True, kw_only=True)
+    act_offset: Any = None
+    act_clip: Any = None
+    qtype: QType = eqx.field(static=True, kw_only=True)
     axis: Axes = eqx.field(static=True, kw_only=True)
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
+    gradient_scale: bool = eqx.field(static=True, kw_only=True, default=False)
+    through_tanh: bool = eqx.field(static=True, kw_only=True, default=False)
     path: str = eqx.field(static=True, kw_only=True, default="")
 
     def aval(self) -> jax.core.ShapedArray:
         return jax.core.ShapedArray(self.weight.shape, self.weight.dtype)
 
-    def _codes(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Float codes, scales and zero points, as training sees them."""
-        scale, zero = self.scale, None
-        if scale is None and self.qtype.symmetric:
-            scale = absmax_scale(self.weight, self.axis, self.group_size, self.qtype)
-        elif scale is None:
-            scale, zero = minmax_scale(self.weight, self.axis, self.group_size, self.qtype)
-        if self.scale is None:  # a statistic of the weight, not something to descend on
-            scale = jax.lax.stop_gradient(scale)
-        codes = encode(self.weight, scale, zero, self.qtype, self.axis, self.group_size)
-        return codes, scale, zero
+    def _numbers(self) -> tuple[jax.Array, Fit]:
+        """Numbers of the format, and their scales, as training sees them."""
+        weight = self.weight
+        if self.through_tanh:
+            weight = jnp.tanh(weight.astype(jnp.float32))
+        if self.scale is not None:
+            found = Fit(self._damped(self.scale, self.weight.size / self.scale.size, self.qtype))
+        else:  # a statistic of the weight, not something to descend on
+            found = fit(weight, self.axis, self.group_size, self.qtype)
+            found = jax.lax.stop_gradient(found)
+        return encode_with(found, weight, self.qtype, self.axis, self.group_size), found
+
+    def _act(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """The static scale and offset of the activations."""
+        if self.act is None:
+            return None, None
+        if self.act_clip is not None:
+            steps = self.act.qtype.high - self.act.qtype.low
+            scale = self.act_clip * jnp.float32(1 / steps)
+            return scale, -self.act.qtype.low * scale
+        features = math.prod(self.weight.shape[a] for a in self.axis)
+        damp = lambda x: None if x is None else self._damped(x, features, self.act.qtype)
+        scale, offset = damp(self.act_scale), damp(self.act_offset)
+        if scale is not None and offset is None and not self.act.qtype.symmetric:
+            offset = -self.act.qtype.low * scale  # the lowest code stands for zero
+        return scale, offset
+
+    def _damped(self, x: jax.Array, count: float, qtype: QType) -> jax.Array:
+        if not self.gradient_scale:
+            return x
+        largest = qtype.high if qtype.symmetric else qtype.high - qtype.low
+        return scale_gradient(x, 1 / math.sqrt(max(count, 1) * largest))
 
     def simulate(self) -> QuantizedArray:
         """The array that `convert` would store, its codes as floats with a gradient."""
@@ -63,16 +97,18 @@ class FakeQuantArray(CompressedArray):
                 "the gradients of its scales would be lost. Differentiate outside: "
                 "jax.grad(loss) with jc.accelerate(model) inside the loss."
             )
-        codes, scale, zero = self._codes()
-        return QuantizedArray(codes, scale, zero, self.act_scale, **self._static())
+        numbers, found = self._numbers()
+        return QuantizedArray(
+            numbers, found.full(), found.zero_point, *self._act(), **self._static()
+        )
 
     def lowered(self) -> QuantizedArray:
         return self.simulate()
 
     def convert(self) -> QuantizedArray:
         """The `QuantizedArray` that training has simulated."""
-        codes, scale, zero = self._codes()
-        return store(codes, scale, zero, self.act_scale, **self._static())
+        numbers, found = self._numbers()
+        return store(numbers, found, *self._act(), **self._static())
 
     def _static(self) -> dict[str, Any]:
         return dict(

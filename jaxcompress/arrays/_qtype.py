@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-__all__ = ["Activation", "IntType", "float_dtype"]
+from jaxcompress.arrays._formats import CodebookType, FloatType, OddType, TernaryType
+
+__all__ = ["Activation", "IntType", "QType", "float_dtype"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,22 @@ class IntType:
         """The smallest code."""
         return -self.high if self.symmetric else -self.high - 1
 
+    @property
+    def integer(self) -> bool:
+        return True
+
+    def nearest(self, x: jax.Array) -> jax.Array:
+        return jnp.round(x)
+
+    def encode(self, numbers: jax.Array) -> jax.Array:
+        return numbers.astype(jnp.int8)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        return codes
+
+
+QType = IntType | OddType | TernaryType | FloatType | CodebookType
+
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
@@ -51,20 +70,32 @@ class Activation:
     Dynamic (`static=False`): the scale is the absolute maximum of each token, that is
     of each index of the axes that are not contracted, or of the whole tensor with
     `per_token=False`. Static: one scale for the tensor, fixed by calibration and kept
-    in the array's `act_scale`.
+    in the array's `act_scale`. With an asymmetric `qtype` the range of the activations is
+    fitted, `x ~ codes * scale + offset`, and a static offset is kept in `act_offset`.
+
+    In training, gradients that come back are rounded stochastically to `grad_bits`, 2 to
+    8, and multiplied as integers; and with `clip_gradient` the gradient to a static range
+    is that of clipping alone (PACT).
 
     >>> import jaxcompress as jc
-    >>> jc.quantize.w4a8().act
-    Activation(qtype=IntType(bits=8, symmetric=True), per_token=True, static=False)
+    >>> jc.quantize.w4a8().act.qtype.bits
+    8
     """
 
-    qtype: IntType
+    qtype: QType
     per_token: bool = True
     static: bool = False
+    grad_bits: int | None = None
+    clip_gradient: bool = False
 
     def __post_init__(self) -> None:
-        if not self.qtype.symmetric:
-            raise ValueError("activations are quantized symmetrically; got " + self.qtype.name)
+        if self.grad_bits is not None and not (
+            2 <= self.grad_bits <= 8 and isinstance(self.qtype, IntType)
+        ):
+            raise ValueError(
+                "gradients take 2 to 8 bits, with integer activations; got "
+                f"grad_bits={self.grad_bits} and {self.qtype.name}"
+            )
         if self.static and self.per_token:
             raise ValueError(
                 "a static activation scale covers the whole tensor: use per_token=False"

@@ -1,4 +1,4 @@
-"""`QuantizedArray`: integer codes and their scales, standing for floats."""
+"""`QuantizedArray`: codes of a few bits and their scales, standing for floats."""
 
 from typing import Any
 
@@ -8,30 +8,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays._base import CompressedArray
+from jaxcompress.arrays._fit import Fit, fit
+from jaxcompress.arrays._formats import TernaryType
 from jaxcompress.arrays._granularity import Axes, expand
 from jaxcompress.arrays._packing import pack, unpack
-from jaxcompress.arrays._qtype import Activation, IntType
-from jaxcompress.arrays._rounding import absmax_scale, encode, minmax_scale
+from jaxcompress.arrays._qtype import Activation, QType
+from jaxcompress.arrays._rounding import encode, encode_through
 
-__all__ = ["QuantizedArray", "quantize_array"]
+__all__ = ["QuantizedArray", "encode_with", "quantize_array", "replace", "store"]
 
 
 class QuantizedArray(CompressedArray):
-    """An array of `x ~ (values - zero_point) * scale`.
+    """An array of `x ~ (decode(values) - zero_point) * scale`.
+
+    `qtype` says what a code stands for; integers stand for themselves.
 
     Invariants, which every view and slice keeps:
 
     - `values` are int8 codes of the logical shape; or, if `packed` is set, uint8 bit
       planes along `packed_axis`, whose logical size is `packed`; or, inside a training
-      step, whole float32 numbers that carry a straight-through gradient.
+      step, the decoded float32 numbers, which carry a straight-through gradient.
     - `scale` (and `zero_point`, int8, or None) has the rank of `values`: size 1 along
       the axes in `axis`, one entry a group with `group_size`, and the full size along
       every other axis, so that leading layer and expert axes slice all leaves alike.
+    - `scale` is float32, or of eight bits in block formats, and then `outer_scale`, float32
+      and without groups, may be a factor of it.
     - `axis` is negative; shapes are read from the leaves, so `x[i]` under `lax.scan`
       or `jax.vmap` is again a valid array.
     - `act` says how the activations that meet the array are quantized, None leaves
       them in floats; `act_scale` is their static scale, of the rank of `values` with
-      size 1 (leading axes apart), or None where the scale is dynamic.
+      size 1 (leading axes apart), or None where the scale is dynamic. `act_offset`, of
+      the same shape, is what code 0 stands for where they are asymmetric.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> q = jc.quantize.quantize({"w": jnp.ones((128, 64))}, {"w": jc.quantize.int4()})["w"]
@@ -43,7 +50,9 @@ class QuantizedArray(CompressedArray):
     scale: Any
     zero_point: Any = None
     act_scale: Any = None
-    qtype: IntType = eqx.field(static=True, kw_only=True)
+    act_offset: Any = None
+    outer_scale: Any = None
+    qtype: QType = eqx.field(static=True, kw_only=True)
     axis: Axes = eqx.field(static=True, kw_only=True)
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
@@ -68,17 +77,27 @@ class QuantizedArray(CompressedArray):
             return self.values
         return unpack(self.values, self.qtype.bits, self.packed, self.packed_axis)
 
+    def numbers(self) -> jax.Array:
+        """What the codes stand for in units of the scale: int8 for integers, else float32."""
+        codes = self.codes()
+        return codes if jnp.issubdtype(codes.dtype, jnp.floating) else self.qtype.decode(codes)
+
+    def widened(self) -> "QuantizedArray":
+        """The same array with all of its scale in `scale`, in float32."""
+        scale = Fit(self.scale, outer_scale=self.outer_scale).full()
+        return replace(self, scale=scale, outer_scale=None)
+
     def unpacked(self) -> "QuantizedArray":
         """The same array with one code an element."""
         return replace(self, values=self.codes(), packed=None)
 
     def materialise(self) -> jax.Array:
         """The dense array that this one stands for, in its logical dtype."""
-        codes = self.codes().astype(jnp.float32)
+        codes = self.numbers().astype(jnp.float32)
         if self.zero_point is not None:
             zero = self.zero_point.astype(jnp.float32)
             codes = codes - expand(zero, codes.shape, self.axis, self.group_size)
-        scale = expand(self.scale.astype(jnp.float32), codes.shape, self.axis, self.group_size)
+        scale = expand(self.widened().scale, codes.shape, self.axis, self.group_size)
         return (codes * scale).astype(self.float_dtype)
 
     def __repr__(self) -> str:
@@ -102,24 +121,21 @@ def replace(array: Any, **changes: Any) -> Any:
 def quantize_array(
     w: jax.Array,
     *,
-    qtype: IntType,
+    qtype: QType,
     axis: Axes,
     group_size: Axes | None = None,
     act: Activation | None = None,
     act_scale: jax.Array | None = None,
+    act_offset: jax.Array | None = None,
     path: str = "",
 ) -> QuantizedArray:
-    """Rounds `w` to nearest with scales from its absolute maxima (or its range)."""
-    if qtype.symmetric:
-        scale, zero = absmax_scale(w, axis, group_size, qtype), None
-    else:
-        scale, zero = minmax_scale(w, axis, group_size, qtype)
-    codes = encode(w, scale, zero, qtype, axis, group_size)
+    """Rounds `w` to nearest with the scales that its format takes."""
+    found = fit(w, axis, group_size, qtype)
     return store(
-        codes,
-        scale,
-        zero,
+        encode_with(found, w, qtype, axis, group_size),
+        found,
         act_scale,
+        act_offset,
         qtype=qtype,
         axis=axis,
         group_size=group_size,
@@ -129,17 +145,37 @@ def quantize_array(
     )
 
 
+def encode_with(
+    found: Fit, w: jax.Array, qtype: QType, axis: Axes, group_size: Axes | None
+) -> jax.Array:
+    """Numbers of `w` with these scales, and the gradient that the format has in training."""
+    scale = found.full()
+    if isinstance(qtype, TernaryType) or qtype.bits == 1:
+        divisor = scale if found.divisor is None else found.divisor
+        return encode_through(w, divisor, scale, qtype, axis, group_size)
+    return encode(w, scale, found.zero_point, qtype, axis, group_size)
+
+
 def store(
-    codes: jax.Array,
-    scale: jax.Array,
-    zero_point: jax.Array | None,
+    numbers: jax.Array,
+    found: Fit,
     act_scale: jax.Array | None,
+    act_offset: jax.Array | None,
     **static: Any,
 ) -> QuantizedArray:
-    """A `QuantizedArray` of whole-number `codes`, bit-packed below eight bits."""
-    values, packed = codes.astype(jnp.int8), None
+    """A `QuantizedArray` of `numbers` of its format, bit-packed below eight bits."""
+    values, packed = static["qtype"].encode(numbers), None
     bits, axis = static["qtype"].bits, static["axis"]
     if bits < 8 and axis:
         packed = values.shape[axis[-1]]
         values = pack(values, bits, axis[-1])
-    return QuantizedArray(values, scale, zero_point, act_scale, packed=packed, **static)
+    return QuantizedArray(
+        values,
+        found.scale,
+        found.zero_point,
+        act_scale,
+        act_offset,
+        found.outer_scale,
+        packed=packed,
+        **static,
+    )

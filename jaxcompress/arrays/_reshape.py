@@ -14,6 +14,7 @@ def reshape(q: QuantizedArray, new_sizes: Sequence[int]) -> QuantizedArray | Non
     """`q` in another shape; None where merged or split axes have no common scales."""
     if q.size == 0:
         return None
+    q = q if q.outer_scale is None else q.widened()  # it has fewer entries than the scale
     ones = [d for d, n in enumerate(q.shape) if n == 1]
     core = squeeze(q, ones) if ones else q
     end = core.ndim

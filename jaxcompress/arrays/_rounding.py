@@ -5,28 +5,39 @@
 Both therefore round alike, bit for bit.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays._granularity import Axes, expand, reduce_groups
-from jaxcompress.arrays._qtype import IntType
+from jaxcompress.arrays._qtype import QType
 
-__all__ = ["absmax_scale", "encode", "minmax_scale", "round_ste", "scale_of"]
+__all__ = [
+    "absmax_scale",
+    "encode",
+    "encode_through",
+    "minmax_scale",
+    "range_scale",
+    "scale_gradient",
+    "scale_of",
+]
 
 # An absolute maximum divided by a scale that was computed from it may come out a few
 # units in the last place above the largest code; it still counts as inside the range.
 _AT_BOUND = 1 + 2.0**-20
 
 
-@jax.custom_jvp
-def round_ste(x: jax.Array) -> jax.Array:
-    """Rounds half to even; the gradient is that of the identity (Bengio et al., 2013)."""
-    return jnp.round(x)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _nearest_ste(qtype: QType, x: jax.Array) -> jax.Array:
+    """The nearest number of the format; the gradient is that of the identity (Bengio et
+    al., 2013, arXiv:1308.3432)."""
+    return qtype.nearest(x)
 
 
-@round_ste.defjvp
-def _(primals, tangents):
-    return jnp.round(primals[0]), tangents[0]
+@_nearest_ste.defjvp
+def _(qtype, primals, tangents):
+    return qtype.nearest(primals[0]), tangents[0]
 
 
 @jax.custom_jvp
@@ -56,14 +67,14 @@ def scale_of(largest: jax.Array, steps: float) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
-def absmax_scale(w: jax.Array, axis: Axes, group_size: Axes | None, qtype: IntType) -> jax.Array:
+def absmax_scale(w: jax.Array, axis: Axes, group_size: Axes | None, qtype: QType) -> jax.Array:
     """Float32 scales that put each group's absolute maximum on the largest code."""
     largest = reduce_groups(jnp.abs(w.astype(jnp.float32)), axis, group_size, jnp.max, 0.0)
     return scale_of(largest, qtype.high)
 
 
 def minmax_scale(
-    w: jax.Array, axis: Axes, group_size: Axes | None, qtype: IntType
+    w: jax.Array, axis: Axes, group_size: Axes | None, qtype: QType
 ) -> tuple[jax.Array, jax.Array]:
     """Scales and int8 zero points that fit each group's range, zero always included."""
     w = w.astype(jnp.float32)
@@ -75,15 +86,57 @@ def minmax_scale(
     return scale, jnp.where(jnp.isfinite(zero), zero, 0.0).astype(jnp.int8)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
+    """`x`, whose gradient is multiplied by `factor`."""
+    return x
+
+
+@scale_gradient.defjvp
+def _(factor, primals, tangents):
+    return primals[0], tangents[0] * factor
+
+
+def encode_through(
+    w: jax.Array,
+    divisor: jax.Array,
+    scale: jax.Array,
+    qtype: QType,
+    axis: Axes,
+    group_size: Axes | None,
+) -> jax.Array:
+    """Numbers of `w / divisor` whose gradient, times `scale`, is 1 for every weight.
+
+    For formats of two or three numbers: most weights lie beyond the ends, and would never
+    move again (Courbariaux et al., 2015; Li et al., 2016).
+    """
+    numbers = jax.lax.stop_gradient(encode(w, divisor, None, qtype, axis, group_size))
+    w = w.astype(jnp.float32)
+    through = (w - jax.lax.stop_gradient(w)) / expand(scale, w.shape, axis, group_size)
+    return numbers + jnp.where(jnp.isfinite(through), through, 0.0)
+
+
+def range_scale(low: jax.Array, high: jax.Array, qtype: QType) -> tuple[jax.Array, jax.Array]:
+    """Scale and offset of activations in `low <= 0 <= high`: `x ~ codes * scale + offset`.
+
+    The offset is a multiple of the scale, so that zero stays exactly zero.
+    """
+    scale = scale_of(high / 2 - low / 2, (qtype.high - qtype.low) / 2)
+    zero = jnp.clip(jnp.round(qtype.low - low / scale), qtype.low, qtype.high)
+    return scale, -zero * scale
+
+
 def encode(
     w: jax.Array,
     scale: jax.Array,
     zero_point: jax.Array | None,
-    qtype: IntType,
+    qtype: QType,
     axis: Axes,
     group_size: Axes | None,
 ) -> jax.Array:
-    """Codes of `w` as whole float32 numbers: `clip(round(w / scale + zero_point))`.
+    """Numbers of the format as float32: `nearest(clip(w / scale + zero_point))`.
+
+    They are whole for integers, where they are the codes too.
 
     Straight through: the gradient to `w / scale` is 1 inside the range and at its
     bounds, 0 outside; the gradient that reaches `scale` is then that of LSQ (Esser et
@@ -93,5 +146,5 @@ def encode(
     if zero_point is not None:
         zero = expand(zero_point.astype(jnp.float32), w.shape, axis, group_size)
         codes = codes + zero
-    codes = round_ste(_clip_ste(codes, float(qtype.low), float(qtype.high)))
+    codes = _nearest_ste(qtype, _clip_ste(codes, float(qtype.low), float(qtype.high)))
     return jnp.where(jnp.isnan(codes), 0.0, codes)

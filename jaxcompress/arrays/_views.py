@@ -16,6 +16,7 @@ from jaxcompress.arrays._packing import BLOCK, packed_size
 from jaxcompress.arrays._quantized import QuantizedArray, replace
 
 __all__ = [
+    "SCALES",
     "broadcast_in_dim",
     "concatenate",
     "dynamic_slice",
@@ -27,9 +28,12 @@ __all__ = [
 ]
 
 
+SCALES = ("scale", "zero_point", "act_scale", "act_offset", "outer_scale")
+
+
 def map_scales(q: QuantizedArray, fn: Callable[[Any], Any]) -> dict[str, Any]:
     """`fn` of each scale-like leaf that is there."""
-    leaves = dict(scale=q.scale, zero_point=q.zero_point, act_scale=q.act_scale)
+    leaves = {name: getattr(q, name) for name in SCALES}
     return {name: leaf if leaf is None else fn(leaf) for name, leaf in leaves.items()}
 
 
@@ -165,7 +169,10 @@ def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedAr
     same = ("qtype", "axis", "group_size", "act", "float_dtype")
     alike = all(getattr(a, f) == getattr(first, f) for a in arrays for f in same)
     simulated = [jnp.issubdtype(a.values.dtype, jnp.floating) for a in arrays]
-    whole = {(a.zero_point is None, a.scale.dtype, s) for a, s in zip(arrays, simulated)}
+    whole = {
+        (a.zero_point is None, a.outer_scale is None, a.scale.dtype, s)
+        for a, s in zip(arrays, simulated)
+    }
     static_act = any(a.act_scale is not None for a in arrays)
     if not alike or len(whole) > 1 or static_act or dimension - first.ndim in first.axis:
         return None
@@ -175,6 +182,6 @@ def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedAr
         name: None
         if getattr(first, name) is None
         else lax.concatenate([getattr(a, name) for a in arrays], dimension)
-        for name in ("values", "scale", "zero_point")
+        for name in ("values", "scale", "zero_point", "outer_scale")
     }
     return replace(arrays[0], **joined, path="+".join(a.path for a in arrays))

@@ -34,7 +34,7 @@ from jaxcompress._accelerate import accelerate
 from jaxcompress._accelerate._accelerate import _refuse_lost_updates
 from jaxcompress._accelerate._named import marking, product_p
 from jaxcompress._paths import leaves_with_paths, map_with_paths
-from jaxcompress._quax import ragged_dot_general_p
+from jaxcompress._quax import ragged_dot_general_p, scan_sizes
 from jaxcompress._rules import Patterns, matched
 from jaxcompress.arrays import is_compressed
 from jaxcompress.arrays._quantized import replace
@@ -304,7 +304,7 @@ def _bodies(eqn: Any) -> list[tuple[Any, int]]:
 def _carry(eqn: Any) -> tuple[int, int]:
     """The first operand that a loop carries, and how many."""
     if eqn.primitive is scan_p:
-        return eqn.params["num_consts"], eqn.params["num_carry"]
+        return scan_sizes(eqn.params)
     return 0, 0
 
 

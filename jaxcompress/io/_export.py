@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.tree_util import PyTreeDef, default_registry
 
-from jaxcompress.arrays import BitmapSparseArray, CompressedArray, FakeQuantArray, QuantizedArray
-from jaxcompress.io._metadata import describe, rebuild
+from jaxcompress.arrays import CompressedArray
+from jaxcompress.io._metadata import CONTAINERS, describe, rebuild
 
 __all__: list[str] = []
 
@@ -40,5 +40,5 @@ def _register(cls: type[CompressedArray]) -> None:
     )
 
 
-for _cls in (QuantizedArray, FakeQuantArray, BitmapSparseArray):
+for _cls in CONTAINERS.values():
     _register(_cls)

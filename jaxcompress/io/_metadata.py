@@ -8,16 +8,35 @@ import numpy as np
 from jaxcompress.arrays import (
     Activation,
     BitmapSparseArray,
+    BlockSparseArray,
+    CodebookType,
     CompressedArray,
     FakeQuantArray,
+    FloatType,
     IntType,
+    NMSparseArray,
+    OddType,
     QuantizedArray,
+    ScaledArray,
+    TernaryType,
 )
 
-__all__ = ["array_fields", "describe", "rebuild"]
+__all__ = ["CONTAINERS", "array_fields", "describe", "rebuild"]
 
-_CONTAINERS = {c.__name__: c for c in (QuantizedArray, FakeQuantArray, BitmapSparseArray)}
-_VALUES = {c.__name__: c for c in (IntType, Activation)}
+CONTAINERS = {
+    c.__name__: c
+    for c in (
+        QuantizedArray,
+        FakeQuantArray,
+        BitmapSparseArray,
+        NMSparseArray,
+        BlockSparseArray,
+        ScaledArray,
+    )
+}
+_VALUES = {
+    c.__name__: c for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+}
 
 
 def describe(array: CompressedArray) -> dict[str, Any]:
@@ -27,24 +46,43 @@ def describe(array: CompressedArray) -> dict[str, Any]:
         for f in dataclasses.fields(array)
         if f.metadata.get("static") and getattr(array, f.name) != f.default and f.name != "path"
     }
-    return {"class": type(array).__name__, **static}
+    inner = {
+        f.name: {**describe(part), "path": part.path}
+        for f in dataclasses.fields(array)
+        if isinstance(part := getattr(array, f.name), CompressedArray)
+    }
+    return {"class": type(array).__name__, **static, **inner}
 
 
 def array_fields(array: CompressedArray) -> dict[str, Any]:
-    """The fields of a container that hold arrays, those that are None left out."""
-    found = {
-        f.name: getattr(array, f.name)
-        for f in dataclasses.fields(array)
-        if not f.metadata.get("static")
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    """The fields of a container that hold arrays, those that are None left out.
+
+    The fields of a container inside it have its name before theirs, `array.values`.
+    """
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(array):
+        value = getattr(array, f.name)
+        if isinstance(value, CompressedArray):
+            found |= {f"{f.name}.{k}": part for k, part in array_fields(value).items()}
+        elif value is not None and not f.metadata.get("static"):
+            found[f.name] = value
+    return found
 
 
 def rebuild(description: dict[str, Any], arrays: dict[str, Any], path: str) -> CompressedArray:
     """The container that `describe` described; any mismatch is a `KeyError` or `TypeError`."""
-    cls = _CONTAINERS[description["class"]]
-    static = {k: _decode(v) for k, v in description.items() if k != "class"}
-    return cls(**arrays, **static, path=path)
+    cls = CONTAINERS[description["class"]]
+    fields: dict[str, Any] = {k: v for k, v in arrays.items() if "." not in k}
+    for name, value in description.items():
+        if isinstance(value, dict) and "class" in value:
+            inner = {k: v for k, v in value.items() if k != "path"}
+            parts = {
+                k.removeprefix(name + "."): v for k, v in arrays.items() if k.startswith(name + ".")
+            }
+            fields[name] = rebuild(inner, parts, value["path"])
+        elif name != "class":
+            fields[name] = _decode(value)
+    return cls(**fields, path=path)
 
 
 def _encode(value: Any) -> Any:

@@ -28,6 +28,10 @@ _DTYPES = {"bool", "bfloat16", "complex64", "float16", "float32", "float64"} | {
 }
 
 
+# safetensors has no such type in NumPy: kept as bytes, and their type in the record.
+_BYTES = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
+
+
 class LoadError(ValueError):
     """A file that is truncated, altered, too new, or no checkpoint of this library.
 
@@ -69,6 +73,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         if name in record["leaves"]:
             raise ValueError(f"two leaves have the path {name!r}")
         if is_compressed(leaf):
+            leaf = leaf.stored()
             entry = describe(leaf)
             if leaf.path != name:
                 entry["path"] = leaf.path
@@ -85,6 +90,9 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
             if tensor == "__metadata__":
                 raise ValueError("safetensors keeps the name '__metadata__' for itself")
             tensors[tensor] = _array(tensor, value)
+            if tensors[tensor].dtype.name in _BYTES:
+                record.setdefault("dtypes", {})[tensor] = tensors[tensor].dtype.name
+                tensors[tensor] = tensors[tensor].view(np.uint8)
             record["tensors"][tensor] = _checksum(tensors[tensor])
     text = json.dumps(record, separators=(",", ":"))
     target = Path(path)
@@ -138,6 +146,10 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     for name, checksum in record["tensors"].items():
         if _checksum(tensors[name]) != checksum:
             raise LoadError(f"{path}: the tensor {name!r} was altered after it was saved")
+    for name, dtype in record.get("dtypes", {}).items():
+        if dtype not in _BYTES:
+            raise LoadError(f"{path}: {name!r} is of the type {dtype}, which is not known")
+        tensors[name] = tensors[name].view(jnp.dtype(dtype))
     entries = record["leaves"]
     dense = {name for name, entry in entries.items() if "class" not in entry}
     leaves = {name: _leaf(name, entry, tensors, dense) for name, entry in entries.items()}
@@ -192,7 +204,7 @@ def _array(name: str, value: Any) -> np.ndarray:
             f"{name!r} is no plain array but {type(value).__name__}; save the arrays only, for "
             "an Equinox module eqx.filter(model, eqx.is_array)"
         )
-    if value.dtype.name not in _DTYPES:
+    if value.dtype.name not in _DTYPES and value.dtype.name not in _BYTES:
         raise TypeError(f"{name!r} is {value.dtype.name}, which cannot be saved and read back")
     array = np.asarray(value)
     native = array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -1,9 +1,11 @@
 """Which implementation of an op runs: a table that is read from the top.
 
 An op lists its implementations, best first, the reference last. Each says for which
-problem it will not do, in words; the first that has nothing to say runs. The answer
-depends on the platform, the shapes and the dtypes only, so that `jaxcompress.explain`
-can state it and a compiled program is stable. There is no fallback at run time.
+problem it will not do, and where another serves better, in words; the first that has
+nothing to say runs. The answer depends on the platform, the shapes, the dtypes, and on
+what is installed and plugged in when the program is traced, so that
+`jaxcompress.explain` can state it and a compiled program is stable. There is no fallback
+at run time.
 """
 
 import dataclasses
@@ -27,16 +29,28 @@ class Problem:
     bits: int = 8
     group_size: int | None = None
     dtype: str = "float32"
+    packed: bool = False
+    transpose_w: bool = False
+
+    @property
+    def group(self) -> int | None:
+        """The size of a group, if there is more than one along `k`."""
+        return self.group_size if self.group_size and self.group_size < self.k else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """A named way to do an op, in words too; `refuses(problem, platform)` says why not."""
+    """A named way to do an op, in words too.
+
+    `refuses(problem, platform)` says why it cannot; `defers` why it should not, unless it
+    is asked for by name.
+    """
 
     name: str
     does: str
     run: Callable[..., Any]
     refuses: Callable[[Problem, str], str | None] = lambda problem, platform: None
+    defers: Callable[[Problem, str], str | None] = lambda problem, platform: None
 
 
 class Choice(NamedTuple):
@@ -65,7 +79,7 @@ def choose(
         return Choice(named, f"{named.does} (asked for by name)")
     passed = []
     for candidate in table:
-        reason = candidate.refuses(problem, platform)
+        reason = candidate.refuses(problem, platform) or candidate.defers(problem, platform)
         if reason is None:
             break
         passed.append(f"not {candidate.name}: {reason}")
@@ -84,7 +98,8 @@ def dispatch(
         reasons = {p: named.refuses(problem, p) for p in PLATFORMS}
         usable = [p for p, reason in reasons.items() if reason is None]
         if not usable:
-            raise ValueError(f"implementation {implementation!r} cannot run: {reasons['cpu']}")
+            why = "; ".join(dict.fromkeys(filter(None, reasons.values())))
+            raise ValueError(f"implementation {implementation!r} cannot run: {why}")
         if len(usable) == len(PLATFORMS):
             return named.run(*args)
         # Lowering for any other platform raises, and names the platforms there are.

@@ -1,5 +1,6 @@
 """`int8_matmul`: the product of two int8 arrays, exact in int32, and its scales."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
+from jaxcompress.ops._cpu import cpu_refuses
+from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton
 
 __all__ = ["MAX_K", "int8_matmul"]
 
@@ -17,6 +20,14 @@ __all__ = ["MAX_K", "int8_matmul"]
 # With a zero point the weight's side of a product is as large as 255: 2^31 / (128 255).
 MAX_K = 131_071
 MAX_K_ZERO_POINT = 65_793
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    group_size: int | None
+    transpose_w: bool
+    dtype: str
+    implementation: str | None
 
 
 def int8_matmul(
@@ -47,11 +58,13 @@ def int8_matmul(
       group_size: the neighbouring `k` that share a scale; it need not divide `k`.
       transpose_w: whether `w` comes as `[n, k]`; `w_scale` is `[..., g, n]` all the same.
       dtype: of the scaled result.
-      implementation: "xla" (uint8 x int8 on the CPU), "reference", or None for the
-        first that does the shape on the platform.
+      implementation: "cpu" (the native kernels), "xla" (uint8 x int8 on the CPU),
+        "pallas_tpu" or "triton" (scales and zero points in the kernel, no groups),
+        "reference", or None for the first that serves the shape on the platform.
 
     Returns:
-      `[..., m, n]`: exact int32 without scales, of `dtype` with them.
+      `[..., m, n]`: exact int32 without scales, of `dtype` with them. Differentiable in the
+      scales.
 
     Raises:
       TypeError: an operand is not int8.
@@ -73,13 +86,9 @@ def int8_matmul(
     check_scales({"w_scale": w_scale, "w_zero_point": w_zero_point}, w.shape[:-2], k, n, group_size)
     if group_size is not None and w_scale is None:
         raise ValueError("group_size needs a w_scale of shape [..., g, n]")
-    longest, limit = min(k, group_size or k), MAX_K
-    if w_zero_point is not None:
-        limit = MAX_K_ZERO_POINT
-        if w_zero_point.dtype != jnp.int8:
-            raise TypeError(f"int8_matmul takes int8; w_zero_point is {w_zero_point.dtype}")
-    if longest > limit:
-        raise ValueError(f"int8_matmul sums at most {limit} products exactly; got k = {longest}")
+    if w_zero_point is not None and w_zero_point.dtype != jnp.int8:
+        raise TypeError(f"int8_matmul takes int8; w_zero_point is {w_zero_point.dtype}")
+    check_sums(min(k, group_size or k), w_zero_point is not None)
     if w.ndim == 2:  # one product of all rows
         rows = math.prod(lead) * m
         x, w = x.reshape(1, rows, k), w[None]
@@ -87,11 +96,35 @@ def int8_matmul(
             x_scale = jnp.broadcast_to(x_scale, (*lead, m, 1)).reshape(1, rows, 1)
         w_scale = None if w_scale is None else w_scale[None]
         w_zero_point = None if w_zero_point is None else w_zero_point[None]
-    unscaled = x_scale is None and w_scale is None
-    problem = Problem(m=x.shape[-2], k=k, n=n, group_size=group_size)
-    multiply = functools.partial(product, problem=problem, implementation=implementation)
-    sums = scaled_sums(multiply, x, w, x_scale, w_scale, w_zero_point, group_size, transpose_w)
-    return sums.reshape(*lead, m, n).astype(jnp.int32 if unscaled else dtype)
+    kind = jnp.int32 if x_scale is None and w_scale is None else dtype
+    static = _Static(group_size, transpose_w, jnp.dtype(kind).name, implementation)
+    return _matmul(static, x, w, x_scale, w_scale, w_zero_point).reshape(*lead, m, n)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(static, x, w, x_scale, w_scale, zero):
+    problem = Problem(
+        m=x.shape[-2],
+        k=x.shape[-1],
+        n=w.shape[-2] if static.transpose_w else w.shape[-1],
+        group_size=static.group_size,
+        transpose_w=static.transpose_w,
+    )
+    return dispatch(_table(static), problem, static.implementation, x, w, x_scale, w_scale, zero)
+
+
+def _forward(static, *args):
+    return _matmul(static, *args), args
+
+
+def _backward(static, residuals, g):
+    x, w, x_scale, w_scale, zero = residuals
+    run = lambda x_scale, w_scale: _reference(static, x, w, x_scale, w_scale, zero)
+    dx_scale, dw_scale = jax.vjp(run, x_scale, w_scale)[1](g)
+    return None, None, dx_scale, dw_scale, None
+
+
+_matmul.defvjp(_forward, _backward)
 
 
 def matmul_shape(
@@ -132,16 +165,11 @@ def check_scales(
     return groups
 
 
-def product(
-    x: jax.Array,
-    w: jax.Array,
-    transpose_w: bool,
-    *,
-    problem: Problem,
-    implementation: str | None = None,
-) -> jax.Array:
-    """The int32 sums of `x[..., m, k]` and `w[..., k, n]`, by whichever implementation."""
-    return dispatch(_table(transpose_w), problem, implementation, x, w)
+def check_sums(longest: int, has_zero: bool) -> None:
+    """Raises if a sum of so many products may leave int32."""
+    limit = MAX_K_ZERO_POINT if has_zero else MAX_K
+    if longest > limit:
+        raise ValueError(f"int8_matmul sums at most {limit} products exactly; got k = {longest}")
 
 
 def scaled_sums(
@@ -185,21 +213,86 @@ def scaled_sums(
     return sums if w_scale is None else sums * w_scale.astype(jnp.float32)
 
 
-@functools.cache
-def _table(transpose_w: bool) -> tuple[Implementation, ...]:
-    def xla(x, w):
-        from jaxcompress.kernels.int8_matmul import xla as kernel
+def _reference(static, x, w, x_scale, w_scale, zero):
+    sums = scaled_sums(
+        _integer_dot, x, w, x_scale, w_scale, zero, static.group_size, static.transpose_w
+    )
+    return sums.astype(static.dtype)
 
-        return kernel.int8_matmul(x, w, transpose_w=transpose_w)
 
-    def reference(x, w):
-        batch = tuple(range(x.ndim - 2))
-        contract = ((x.ndim - 1,), (w.ndim - 1 if transpose_w else w.ndim - 2,))
-        return lax.dot_general(x, w, (contract, (batch, batch)), preferred_element_type=jnp.int32)
+def _integer_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
+    batch = tuple(range(x.ndim - 2))
+    contract = ((x.ndim - 1,), (w.ndim - 1 if transpose_w else w.ndim - 2,))
+    return lax.dot_general(x, w, (contract, (batch, batch)), preferred_element_type=jnp.int32)
 
+
+def _cpu(static, *operands):
+    from jaxcompress.kernels.int8_matmul import cpu as kernel
+
+    return _scaled(static, kernel.int8_matmul, *operands)
+
+
+def _xla(static, *operands):
+    from jaxcompress.kernels.int8_matmul import xla as kernel
+
+    return _scaled(static, kernel.int8_matmul, *operands)
+
+
+def _scaled(static, kernel, x, w, x_scale, w_scale, zero):
+    """Sums by a kernel, scales by XLA."""
+    multiply = lambda x, w, transpose_w: kernel(x, w, transpose_w=transpose_w)
+    sums = scaled_sums(
+        multiply, x, w, x_scale, w_scale, zero, static.group_size, static.transpose_w
+    )
+    return sums.astype(static.dtype)
+
+
+def _pallas_tpu(static, *operands):
+    from jaxcompress.kernels.int8_matmul import pallas_tpu as kernel
+
+    return _fused(static, kernel.int8_matmul, chip("tpu"), False, *operands)
+
+
+def _triton(static, *operands):
+    from jaxcompress.kernels.int8_matmul import triton as kernel
+
+    return _fused(static, kernel.int8_matmul, chip("cuda") or chip("rocm"), True, *operands)
+
+
+def _fused(static, kernel, chip, is_cut, x, w, x_scale, w_scale, zero):
+    """Leading dimensions as one, scales spread over rows and columns, as kernels take them."""
+    *lead, m, _ = x.shape
+    n = w.shape[-2] if static.transpose_w else w.shape[-1]
+    flat = lambda a: a.reshape(-1, *a.shape[-2:])
+    spread = lambda s, *shape: None if s is None else flat(jnp.broadcast_to(s, (*lead, *shape)))
+    run = functools.partial(kernel, transpose_w=static.transpose_w, dtype=static.dtype, chip=chip)
+    letters = ("bmk", "bnk" if static.transpose_w else "bkn", "bm1", "b1n", "b1n")
+    out = call_kernel(
+        run,
+        letters,
+        flat(x),
+        flat(w),
+        spread(x_scale, m, 1),
+        spread(w_scale, 1, n),
+        spread(zero, 1, n),
+        is_cut=is_cut,
+    )
+    return out.reshape(*lead, m, n)
+
+
+def _table(static: _Static | None) -> tuple[Implementation, ...]:
+    def bound(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return functools.partial(run, static)
+
+    fused = "int8 x int8 -> int32, scaled in the kernel"
+    refuses_tpu = lambda problem, platform: no_pallas_tpu(platform) or _has_groups(problem)
+    refuses_gpu = lambda problem, platform: no_triton(platform) or _has_groups(problem)
     return (
-        Implementation("xla", "uint8 x int8 -> int32 by XLA", xla, _xla_refuses),
-        Implementation("reference", "int8 x int8 -> int32 by lax.dot_general", reference),
+        Implementation("cpu", "native uint8 x int8 -> int32", bound(_cpu), cpu_refuses),
+        Implementation("xla", "uint8 x int8 -> int32 by XLA", bound(_xla), _xla_refuses),
+        Implementation("pallas_tpu", fused, bound(_pallas_tpu), refuses_tpu, _defers),
+        Implementation("triton", fused, bound(_triton), refuses_gpu, _defers),
+        Implementation("reference", "int8 x int8 -> int32 by lax.dot_general", bound(_reference)),
     )
 
 
@@ -209,6 +302,14 @@ def _xla_refuses(problem: Problem, platform: str) -> str | None:
     return None
 
 
+def _has_groups(problem: Problem) -> str | None:
+    return f"it scales whole columns, not groups of {problem.group}" if problem.group else None
+
+
+def _defers(problem: Problem, platform: str) -> str | None:
+    return "XLA multiplies int8 by itself, and no device has measured it against that"
+
+
 def table() -> tuple[Implementation, ...]:
     """The implementations, best first."""
-    return _table(False)
+    return _table(None)

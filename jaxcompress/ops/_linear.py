@@ -7,59 +7,119 @@ that training sees what inference will do; integer codes go to `jc.ops`.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays._qtype import Activation
+from jaxcompress.arrays._prepacked import PrepackedArray
+from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
-from jaxcompress.arrays._rounding import encode, scale_of
+from jaxcompress.arrays._rounding import encode, range_scale, scale_of
 from jaxcompress.ops import _int8_matmul, _quantized_matmul
-from jaxcompress.ops._choice import Choice, Implementation, Problem, choose
-from jaxcompress.ops._int8_matmul import int8_matmul, scaled_sums
-from jaxcompress.ops._quantized_matmul import float_dot, quantized_matmul, scaled_dot
+from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
+from jaxcompress.ops._cpu import cpu_refuses, needs_packing
+from jaxcompress.ops._gradients import quantized_gradient_dot
+from jaxcompress.ops._int8_matmul import check_sums, int8_matmul, scaled_sums
+from jaxcompress.ops._quantized_matmul import (
+    batched,
+    decode,
+    float_dot,
+    multiply_panels,
+    quantized_matmul,
+    scaled_dot,
+)
 
 __all__ = ["linear", "plan"]
 
+Weight = QuantizedArray | PrepackedArray
 
-def linear(x: jax.Array, w: QuantizedArray, transpose_w: bool, dtype: Any) -> jax.Array:
+
+def linear(x: jax.Array, w: Weight, transpose_w: bool, dtype: Any) -> jax.Array:
     """`x[..., m, k] @ w[..., k, n]` (`[..., n, k]` with `transpose_w`), as `dtype`.
 
     The scales of `w` are shared along `n` never, along `k` always or by groups; leading
     dimensions of both are the same.
     """
-    static = _Static(w.act, _group_size(w, transpose_w), transpose_w, w.qtype.bits)
-    if jnp.issubdtype(w.values.dtype, jnp.floating):
-        return _simulate(static, x, w.values, w.scale, w.zero_point, w.act_scale).astype(dtype)
+    panels = w.n if isinstance(w, PrepackedArray) else None
+    static = _Static(w.act, _group_size(w, transpose_w), transpose_w, _bits(w), panels)
+    offset = None if isinstance(w, PrepackedArray) else w.act_offset
+    scales = (w.scale, w.zero_point, w.act_scale, offset)
+    if isinstance(w, PrepackedArray) or isinstance(w.qtype, IntType):
+        values = w.values
+    else:
+        values = w.numbers()
+    if _floats(w) is not None:
+        return _simulate(static, x, values, *scales).astype(dtype)
     if w.act is not None:
-        return _int_linear(static, x, w.codes(), w.scale, w.zero_point, w.act_scale).astype(dtype)
-    return quantized_matmul(
+        return _int_linear(static, x, values, *scales).astype(dtype)
+    if panels is None:
+        multiply = functools.partial(quantized_matmul, transpose_w=transpose_w)
+    else:
+        multiply = functools.partial(multiply_panels, n=panels, transpose_w=transpose_w)
+    return multiply(
         x,
-        w.values,
+        w.values if isinstance(w.qtype, IntType) else w.numbers(),
         w.scale,
         w.zero_point,
-        bits=w.qtype.bits,
+        bits=_bits(w),
         group_size=static.group_size,
-        transpose_w=transpose_w,
         dtype=dtype,
     )
 
 
 def plan(
-    w: QuantizedArray, m: int, k: int, n: int, dtype: str, platform: str
+    w: Weight, transpose_w: bool, m: int, k: int, n: int, dtype: str, platform: str
 ) -> tuple[str, Choice]:
     """The op that `linear` calls, and its implementation on `platform`."""
-    group = max(w.group_size) if w.group_size else None
+    floats = _floats(w)
+    if floats is not None:
+        how = Implementation("reference", floats[1], _simulate)
+        return floats[0], Choice(how, how.does)
+    if isinstance(w, PrepackedArray):
+        group = w.group_size
+    else:
+        group = max(w.group_size) if w.group_size else None
+    problem = Problem(
+        m=m,
+        k=k,
+        n=n,
+        bits=_bits(w),
+        group_size=group,
+        dtype=dtype,
+        packed=_bits(w) < 8 and w.values.dtype == jnp.uint8,
+        transpose_w=transpose_w,
+    )
+    op, table = "quantized_matmul", _quantized_matmul.table()
+    if w.act is not None:
+        op, table = "int8_matmul", _int8_matmul.table()
+        native, _ = _table(_Static(w.act, group, transpose_w, _bits(w)))
+        if native.refuses(problem, platform) is None:
+            table = (native,)
+    choice = choose(table, problem, platform)
+    if isinstance(w, PrepackedArray):
+        if choice.implementation.name != "cpu":
+            choice = choice._replace(why=f"{choice.why}; put back from the CPU kernels' order")
+    elif choice.implementation.name == "cpu":
+        choice = choice._replace(why=needs_packing(choice.why))
+    return op, choice
+
+
+def _bits(w: Weight) -> int:
+    """Of a code that `quantized_matmul` gets: other numbers than integers come decoded."""
+    return w.qtype.bits if isinstance(w.qtype, IntType) else 8
+
+
+def _floats(w: Weight) -> tuple[str, str] | None:
+    """The op and the reason where a product runs on floats, None where on integers."""
     if jnp.issubdtype(w.values.dtype, jnp.floating):
-        how = Implementation("reference", "rounded floats, with gradients", _simulate)
-        return "simulated", Choice(how, how.does)
-    problem = Problem(m=m, k=k, n=n, bits=w.qtype.bits, group_size=group, dtype=dtype)
-    if w.act is None:
-        return "quantized_matmul", choose(_quantized_matmul.table(), problem, platform)
-    if group:
-        problem = dataclasses.replace(problem, k=min(group, k))
-    return "int8_matmul", choose(_int8_matmul.table(), problem, platform)
+        return "simulated", "rounded floats, with gradients"
+    if not w.qtype.integer:
+        return "quantized_matmul", f"a float product of the decoded {w.qtype.name}"
+    if w.act is not None and not w.act.qtype.integer:
+        return "quantized_matmul", f"a float product of {w.act.qtype.name} activations"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +128,13 @@ class _Static:
     group_size: int | None
     transpose_w: bool
     bits: int
+    panels: int | None = None
 
 
-def _group_size(w: QuantizedArray, transpose_w: bool) -> int | None:
+def _group_size(w: Weight, transpose_w: bool) -> int | None:
+    if isinstance(w, PrepackedArray):
+        size = w.group_size
+        return None if size is None or size >= w.k else size
     along = -1 if transpose_w else -2
     if w.group_size is None or along not in w.axis:
         return None
@@ -79,46 +143,184 @@ def _group_size(w: QuantizedArray, transpose_w: bool) -> int | None:
 
 
 def encode_activations(
-    x: jax.Array, act: Activation, act_scale: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Codes of `x[..., m, k]` as whole floats, and scales that broadcast to `[..., m, 1]`."""
+    x: jax.Array,
+    act: Activation,
+    act_scale: jax.Array | None,
+    act_offset: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes of `x[..., m, k]` as whole floats, scales and offsets (or None) of each row.
+
+    `x ~ codes * scale + offset`; both broadcast to `[..., m, 1]`.
+    """
+    scale, offset = act_scale, act_offset
     if act.static:
-        if act_scale is None:
-            raise ValueError("static activations need an act_scale; the array has none")
-        scale = act_scale.astype(jnp.float32)
+        if scale is None or (offset is None and not act.qtype.symmetric):
+            raise ValueError(
+                "static activations need an act_scale, and an act_offset if they are "
+                "asymmetric; the array has none"
+            )
+        scale = scale.astype(jnp.float32)
+        if act.clip_gradient:
+            x, scale, offset = _clipped(x, scale, offset, act)
     else:
-        axis = -1 if act.per_token else None
-        largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis, keepdims=True, initial=0.0)
-        scale = jax.lax.stop_gradient(scale_of(largest, act.qtype.high))
-    return encode(x, scale, None, act.qtype, (), None), scale
+        axis, reals = -1 if act.per_token else None, x.astype(jnp.float32)
+        largest = lambda v: jnp.max(v, axis, keepdims=True, initial=0.0)
+        if act.qtype.symmetric:
+            scale = scale_of(largest(jnp.abs(reals)), act.qtype.high)
+        else:
+            scale, offset = range_scale(-largest(-reals), largest(reals), act.qtype)
+        scale, offset = jax.lax.stop_gradient((scale, offset))
+    reals = x if offset is None else x.astype(jnp.float32) - offset
+    return encode(reals, scale, None, act.qtype, (), None), scale, offset
 
 
-def _simulate(static, x, codes, scale, zero, act_scale):
+def _clipped(
+    x: jax.Array, scale: jax.Array, offset: jax.Array | None, act: Activation
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The range of PACT: what lies beyond an end gets its gradient, nothing else does."""
+    ends = (act.qtype.low * scale, act.qtype.high * scale)
+    low, high = ends if offset is None else (end + offset for end in ends)
+    reals = x.astype(jnp.float32)
+    reals = jnp.where(reals >= high, high, jnp.where(reals <= low, low, reals))
+    return reals, *jax.lax.stop_gradient((scale, offset))
+
+
+def _rows(
+    product: Callable[[jax.Array, jax.Array | None], jax.Array],
+    static: _Static,
+    x: jax.Array,
+    act_scale: jax.Array | None,
+    act_offset: jax.Array | None,
+    plain: Callable[[jax.Array, jax.Array | None], jax.Array] | None = None,
+) -> jax.Array:
+    """`product(codes, scales)` of quantized activations; an offset takes one more row.
+
+    Products are linear: the offset is that many times the product of a row of ones. That
+    row is one of the same product, unless there is a `plain` one for it.
+    """
+    assert static.act is not None
+    codes, scale, offset = encode_activations(x, static.act, act_scale, act_offset)
+    if offset is None:
+        return product(codes, jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
+    ones = jnp.ones((*codes.shape[:-2], 1, codes.shape[-1]), codes.dtype)
+    if plain is not None:
+        return product(codes, None) * scale + plain(ones, None) * offset
+    sums = product(jnp.concatenate([codes, ones], -2), None)
+    return sums[..., :-1, :] * scale + sums[..., -1:, :] * offset
+
+
+def _simulate(static, x, codes, scale, zero, act_scale, act_offset):
     """`linear` in floats: the same numbers while the sums of codes stay below 2^24."""
+    group, transpose_w = static.group_size, static.transpose_w
     if static.act is None:
-        return scaled_dot(x, codes, scale, zero, static.group_size, static.transpose_w)
-    x_codes, x_scale = encode_activations(x, static.act, act_scale)
-    columns = jnp.swapaxes(scale, -1, -2) if static.transpose_w else scale
-    zeros = jnp.swapaxes(zero, -1, -2) if static.transpose_w and zero is not None else zero
-    return scaled_sums(
-        float_dot, x_codes, codes, x_scale, columns, zeros, static.group_size, static.transpose_w
+        return scaled_dot(x, codes, scale, zero, group, transpose_w)
+    columns = jnp.swapaxes(scale, -1, -2) if transpose_w else scale
+    zeros = jnp.swapaxes(zero, -1, -2) if transpose_w and zero is not None else zero
+
+    def product(dot, x_codes, x_scale):
+        return scaled_sums(dot, x_codes, codes, x_scale, columns, zeros, group, transpose_w)
+
+    plain = functools.partial(product, float_dot)
+    if static.act.grad_bits is None:
+        return _rows(plain, static, x, act_scale, act_offset)
+    # The gradient of the row of ones is a sum over all rows: it would set the scale of each
+    # column, and stays in floats.
+    rounded = functools.partial(
+        product, functools.partial(quantized_gradient_dot, static.act.grad_bits)
     )
+    return _rows(rounded, static, x, act_scale, act_offset, plain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _int_linear(static, x, codes, scale, zero, act_scale):
-    x_codes, x_scale = encode_activations(x, static.act, act_scale)
+def _int_linear(static, x, values, scale, zero, act_scale, act_offset):
+    k = x.shape[-1]
+    check_sums(min(k, static.group_size or k), zero is not None)
+    problem = Problem(
+        m=x.shape[-2],
+        k=k,
+        n=static.panels or values.shape[-2 if static.transpose_w else -1],
+        bits=static.bits,
+        group_size=static.group_size,
+        dtype=x.dtype.name,
+    )
+    return dispatch(_table(static), problem, None, x, values, scale, zero, act_scale, act_offset)
+
+
+def _table(static: _Static) -> tuple[Implementation, ...]:
+    """Rows quantized and multiplied in one native call, else in two steps."""
+
+    def refuses(problem: Problem, platform: str) -> str | None:
+        assert static.act is not None
+        if not static.act.qtype.symmetric:
+            return "its rows are quantized symmetrically"
+        return cpu_refuses(problem, platform)
+
+    does = "native: rows quantized inside, uint8 x int8 -> int32"
+    steps = functools.partial(_in_steps, static, None)
+    return (
+        Implementation("cpu", does, functools.partial(_cpu, static), refuses),
+        Implementation("reference", "rows quantized, then int8_matmul", steps),
+    )
+
+
+def _in_steps(static, implementation, x, values, scale, zero, act_scale, act_offset):
     columns = jnp.swapaxes(scale, -1, -2) if static.transpose_w else scale
     zeros = jnp.swapaxes(zero, -1, -2) if static.transpose_w and zero is not None else zero
-    return int8_matmul(
+    product = lambda x_codes, x_scale: int8_matmul(
         x_codes.astype(jnp.int8),
-        codes,
-        x_scale=jnp.broadcast_to(x_scale, (*x.shape[:-1], 1)),
+        decode(values, static.bits, x.shape[-1], static.transpose_w, static.panels),
+        x_scale=x_scale,
         w_scale=columns,
         w_zero_point=zeros,
         group_size=static.group_size,
         transpose_w=static.transpose_w,
+        implementation=implementation,
     )
+    return _rows(product, static, x, act_scale, act_offset)
+
+
+def _cpu(static, x, values, scale, zero, act_scale, act_offset):
+    from jaxcompress.kernels.quantized_matmul import cpu as kernel
+
+    x_scale = act_scale
+    if not (static.act.static or static.act.per_token):
+        x_scale = encode_activations(x, static.act, None)[1]
+    lead = x.shape[:-1]
+    if x.ndim == 2:
+        x, values, scale, zero = batched(x, values, scale, zero)
+    if x_scale is not None and x_scale.size == 1:
+        x_scale = x_scale.reshape((1,) * x.ndim)
+    out = kernel.quantized_matmul(
+        x,
+        values,
+        scale,
+        zero,
+        x_scale,
+        otherwise=_cpu_by_xla(static, zero is not None),
+        panels=static.panels,
+        transpose_w=static.transpose_w,
+        bits=static.bits,
+        group_size=static.group_size,
+        high=static.act.qtype.high,
+    )
+    return out.reshape(*lead, out.shape[-1])
+
+
+@functools.cache
+def _cpu_by_xla(static, has_zero):
+    """What an exported program does for the native call, with scales `[b, g, n]`."""
+    turn = lambda s: jnp.swapaxes(s, -1, -2) if static.transpose_w else s
+
+    def run(x, values, scale, *rest):
+        zero = turn(rest[0]) if has_zero else None
+        x_scale = rest[-1] if len(rest) > has_zero else None
+        given = static
+        if x_scale is not None:
+            act = dataclasses.replace(static.act, per_token=False, static=True)
+            given = dataclasses.replace(static, act=act)
+        return _in_steps(given, None, x, values, turn(scale), zero, x_scale, None)
+
+    return run
 
 
 def _int_forward(static, *args):
@@ -127,12 +329,13 @@ def _int_forward(static, *args):
 
 def _int_backward(static, residuals, g):
     """Straight through the rounding of the activations, as in training."""
-    x, codes, scale, zero, act_scale = residuals
-    run = lambda x, scale, act_scale: _simulate(
-        static, x, codes.astype(jnp.float32), scale, zero, act_scale
+    x, values, scale, zero, act_scale, act_offset = residuals
+    codes = decode(values, static.bits, x.shape[-1], static.transpose_w, static.panels)
+    run = lambda x, scale, act_scale, act_offset: _simulate(
+        static, x, codes.astype(jnp.float32), scale, zero, act_scale, act_offset
     )
-    dx, dscale, dact = jax.vjp(run, x, scale, act_scale)[1](g)
-    return dx, None, dscale, None, dact
+    dx, dscale, dact, doffset = jax.vjp(run, x, scale, act_scale, act_offset)[1](g)
+    return dx, None, dscale, None, dact, doffset
 
 
 _int_linear.defvjp(_int_forward, _int_backward)

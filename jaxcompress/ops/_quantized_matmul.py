@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,16 @@ from jax.typing import DTypeLike
 
 from jaxcompress.arrays._granularity import expand
 from jaxcompress.arrays._packing import packed_size, unpack
+from jaxcompress.arrays._panels import from_panels
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
+from jaxcompress.ops._cpu import cpu_refuses
 from jaxcompress.ops._int8_matmul import (
     MAX_K_ZERO_POINT,
     check_scales,
     matmul_shape,
     scaled_sums,
 )
+from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton, not_cut
 
 __all__ = ["quantized_matmul"]
 
@@ -30,6 +34,7 @@ class _Static:
     transpose_w: bool
     dtype: str
     implementation: str | None
+    panels: int | None = None  # the columns of a weight that comes in panels
 
 
 def quantized_matmul(
@@ -60,9 +65,10 @@ def quantized_matmul(
       group_size: the neighbouring `k` that share a scale; it need not divide `k`.
       transpose_w: whether `w` comes as `[n, k]`.
       dtype: of the result; that of `x` by default.
-      implementation: "xla" (on the CPU: each row of activations as int8 digits, exact down to
-        2^-28 of its largest; a row that is not finite becomes NaN), "reference", or None
-        for the first that does the shape on the platform.
+      implementation: "cpu" (the native kernels) and "xla" (on the CPU: each row of
+        activations as int8 digits, exact down to 2^-28 of its largest; a row that is not
+        finite becomes NaN), "pallas_tpu" or "triton" (decoded in registers), "reference",
+        or None for the first that serves the shape on the platform.
 
     Returns:
       `[..., m, n]` of `dtype`, summed in float32 or exactly. Differentiable in `x` and
@@ -100,12 +106,34 @@ def quantized_matmul(
         bits, group_size, transpose_w, jnp.dtype(dtype or x.dtype).name, implementation
     )
     if w.ndim == 2:
-        flat = x.reshape(1, math.prod(lead) * m, x.shape[-1])
-        zero = None if zero_point is None else zero_point[None]
-        out = _matmul(static, flat, w[None], scale[None], zero)
-    else:
-        out = _matmul(static, x, w, scale, zero_point)
-    return out.reshape(*lead, m, n)
+        x, w, scale, zero_point = batched(x, w, scale, zero_point)
+    return _matmul(static, x, w, scale, zero_point).reshape(*lead, m, n)
+
+
+def multiply_panels(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    *,
+    n: int,
+    bits: int,
+    group_size: int | None,
+    transpose_w: bool,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """`quantized_matmul` of a weight in panels, `[*lead, n / 16, rows / 4, 16, 4]`."""
+    lead = x.shape[:-1]
+    if w.ndim == 4:
+        x, w, scale, zero_point = batched(x, w, scale, zero_point)
+    static = _Static(bits, group_size, transpose_w, jnp.dtype(dtype).name, None, panels=n)
+    return _matmul(static, x, w, scale, zero_point).reshape(*lead, n)
+
+
+def batched(x: jax.Array, *others: jax.Array | None) -> list[Any]:
+    """All rows of `x` as one batch `[1, m, k]`, and what belongs to it likewise."""
+    rows = math.prod(x.shape[:-1])
+    return [x.reshape(1, rows, x.shape[-1]), *(None if a is None else a[None] for a in others)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,10 +141,12 @@ def _matmul(static, x, w, scale, zero_point):
     problem = Problem(
         m=x.shape[-2],
         k=x.shape[-1],
-        n=w.shape[-2] if static.transpose_w else w.shape[-1],
+        n=static.panels or (w.shape[-2] if static.transpose_w else w.shape[-1]),
         bits=static.bits,
         group_size=static.group_size,
         dtype=x.dtype.name,
+        packed=w.dtype == jnp.uint8 and static.bits < 8,
+        transpose_w=static.transpose_w,
     )
     return dispatch(_table(static), problem, static.implementation, x, w, scale, zero_point)
 
@@ -145,9 +175,57 @@ def _reference(
 
 def _codes(static: _Static, x: jax.Array, w: jax.Array) -> jax.Array:
     """One int8 a weight."""
+    return decode(w, static.bits, x.shape[-1], static.transpose_w, static.panels)
+
+
+def decode(
+    w: jax.Array, bits: int, k: int, transpose_w: bool, panels: int | None = None
+) -> jax.Array:
+    """One int8 a weight, from codes, bit planes, or `panels` columns in panels."""
+    if panels is not None:
+        w = from_panels(w, bits, k, panels, transpose_w=transpose_w)
     if w.dtype == jnp.int8:
         return w
-    return unpack(w, static.bits, x.shape[-1], -1 if static.transpose_w else -2)
+    return unpack(w, bits, k, -1 if transpose_w else -2)
+
+
+def _cpu(
+    static: _Static, x: jax.Array, w: jax.Array, scale: jax.Array, zero_point: jax.Array | None
+) -> jax.Array:
+    """The activations as rows of int8 digits, by the native library."""
+    from jaxcompress.kernels.quantized_matmul import cpu as kernel
+
+    out = kernel.quantized_matmul(
+        x,
+        w,
+        scale,
+        zero_point,
+        None,
+        otherwise=_cpu_by_xla(static),
+        panels=static.panels,
+        transpose_w=static.transpose_w,
+        bits=static.bits,
+        group_size=static.group_size,
+        high=None,
+    )
+    return out.astype(static.dtype)
+
+
+@functools.cache
+def _cpu_by_xla(static: _Static) -> Callable[..., jax.Array]:
+    """What an exported program does for the native call, with scales `[b, g, n]`."""
+    single = dataclasses.replace(static, dtype="float32")
+    turn = lambda s: jnp.swapaxes(s, -1, -2) if static.transpose_w else s
+
+    def run(x, w, scale, zero_point=None):
+        zero = None if zero_point is None else turn(zero_point)
+        return _xla(single, x, w, turn(scale), zero)
+
+    return run
+
+
+def _cpu_refuses(problem: Problem, platform: str) -> str | None:
+    return cpu_refuses(problem, platform) or _xla_refuses(problem, platform)
 
 
 def _xla(
@@ -181,6 +259,74 @@ def _xla_refuses(problem: Problem, platform: str) -> str | None:
     if longest > MAX_K_ZERO_POINT:
         return f"it sums at most {MAX_K_ZERO_POINT} products exactly, not {longest}"
     return None
+
+
+def _pallas_tpu(static: _Static, *operands: jax.Array | None) -> jax.Array:
+    from jaxcompress.kernels.quantized_matmul import pallas_tpu as kernel
+
+    return _decoded(static, kernel.quantized_matmul, chip("tpu"), False, *operands)
+
+
+def _triton(static: _Static, *operands: jax.Array | None) -> jax.Array:
+    from jaxcompress.kernels.quantized_matmul import triton as kernel
+
+    here = chip("cuda") or chip("rocm")
+    return _decoded(static, kernel.quantized_matmul, here, True, *operands)
+
+
+def _decoded(static, kernel, chip, is_cut, x, w, scale, zero):
+    """Leading dimensions as one, a scale for each column, as kernels take them."""
+    *lead, m, k = x.shape
+    if static.panels is not None:
+        w = from_panels(w, static.bits, k, static.panels, transpose_w=static.transpose_w)
+    n = w.shape[-2] if static.transpose_w else w.shape[-1]
+    groups = -(-k // static.group_size) if static.group_size and static.group_size < k else 1
+
+    def columns(a):
+        if a is None:
+            return None
+        a = jnp.swapaxes(a, -1, -2) if static.transpose_w else a
+        return jnp.broadcast_to(a, (*lead, groups, n)).reshape(-1, groups, n)
+
+    run = functools.partial(
+        kernel,
+        bits=static.bits,
+        group_size=static.group_size,
+        transpose_w=static.transpose_w,
+        dtype=static.dtype,
+        chip=chip,
+    )
+    rows = "k" if w.dtype == jnp.int8 else "p"  # of bit planes there are fewer
+    letters = ("bmk", f"bn{rows}" if static.transpose_w else f"b{rows}n", "bgn", "bgn")
+    flat = lambda a: a.reshape(-1, *a.shape[-2:])
+    operands = flat(x), flat(w), columns(scale), columns(zero)
+    out = call_kernel(run, letters, *operands, is_cut=is_cut)
+    return out.reshape(*lead, m, n)
+
+
+def _kernel_refuses(problem: Problem, dtypes: tuple[str, ...]) -> str | None:
+    group = problem.group
+    if problem.dtype not in dtypes:
+        return f"it takes {' and '.join(dtypes)}, not {problem.dtype}"
+    if group and (group < 32 or group & (group - 1)):
+        return f"its groups are powers of two from 32 on, not {group}"
+    if problem.packed and problem.transpose_w:
+        return "it unpacks bit planes along the rows of w, not along its columns"
+    return None
+
+
+def _pallas_tpu_refuses(problem: Problem, platform: str) -> str | None:
+    return no_pallas_tpu(platform) or _kernel_refuses(problem, ("float32", "bfloat16"))
+
+
+def _triton_refuses(problem: Problem, platform: str) -> str | None:
+    return no_triton(platform) or _kernel_refuses(problem, ("float32", "bfloat16", "float16"))
+
+
+def _kernel_defers(problem: Problem, platform: str) -> str | None:
+    if problem.k < 256 or problem.n < 128:
+        return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
+    return not_cut(platform)
 
 
 def scaled_dot(
@@ -224,8 +370,14 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
         return functools.partial(run, static)
 
     decodes = "a float product of the decoded weight"
+    fused = "a float product of the weight, decoded in registers"
     return (
+        Implementation("cpu", "activations as int8 digits, native", bound(_cpu), _cpu_refuses),
         Implementation("xla", "activations as int8 digits by XLA", bound(_xla), _xla_refuses),
+        Implementation(
+            "pallas_tpu", fused, bound(_pallas_tpu), _pallas_tpu_refuses, _kernel_defers
+        ),
+        Implementation("triton", fused, bound(_triton), _triton_refuses, _kernel_defers),
         Implementation("reference", decodes, bound(_reference)),
     )
 

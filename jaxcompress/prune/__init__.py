@@ -1,27 +1,83 @@
 """Pruning: what to keep, inside an optimizer or after training, and storing only that."""
 
-from jaxcompress.prune._criteria import Criterion, magnitude
+from jaxcompress.prune._criteria import (
+    Criterion,
+    fisher,
+    gradient,
+    magnitude,
+    movement,
+    random,
+    taylor,
+)
+from jaxcompress.prune._distributions import Distribution, Leaf, by_rule, erk, global_, uniform
+from jaxcompress.prune._iterative import iterative, lottery_ticket
 from jaxcompress.prune._mask import mask
 from jaxcompress.prune._pack import pack
-from jaxcompress.prune._patterns import Pattern, nm, unstructured
-from jaxcompress.prune._schedules import Schedule, constant, polynomial
+from jaxcompress.prune._patterns import Pattern, block, channel, column, nm, row, unstructured
+from jaxcompress.prune._proximal import proximal
+from jaxcompress.prune._regrow import regrow, rigl, set_
+from jaxcompress.prune._schedules import (
+    Schedule,
+    constant,
+    cosine,
+    geometric,
+    one_shot,
+    periodic,
+    polynomial,
+)
+from jaxcompress.prune._sparsegpt import sparsegpt
+from jaxcompress.prune._straight_through import straight_through
 from jaxcompress.prune._transform import PruneState, SparsifyState, keep, masks, prune, sparsify
+from jaxcompress.prune._with_function import grasp, snip, synflow, wanda
+from jaxcompress.prune._zeroing import apply
 
 __all__ = [
     "Criterion",
+    "Distribution",
+    "Leaf",
     "Pattern",
     "PruneState",
     "Schedule",
     "SparsifyState",
+    "apply",
+    "block",
+    "by_rule",
+    "channel",
+    "column",
     "constant",
+    "cosine",
+    "erk",
+    "fisher",
+    "geometric",
+    "global_",
+    "gradient",
+    "grasp",
+    "iterative",
     "keep",
+    "lottery_ticket",
     "magnitude",
     "mask",
     "masks",
+    "movement",
     "nm",
+    "one_shot",
     "pack",
+    "periodic",
     "polynomial",
+    "proximal",
     "prune",
+    "random",
+    "regrow",
+    "rigl",
+    "row",
+    "set_",
+    "snip",
+    "sparsegpt",
     "sparsify",
+    "straight_through",
+    "synflow",
+    "taylor",
+    "uniform",
     "unstructured",
+    "wanda",
 ]

@@ -10,18 +10,26 @@ import optax
 from jaxcompress._paths import leaves_with_paths, rebuild
 from jaxcompress._rules import Patterns, matched
 from jaxcompress.arrays import FakeQuantArray, is_compressed
+from jaxcompress.prune._distributions import Distribution, Leaf, uniform
 from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._schedules import constant
 from jaxcompress.prune._select import COLD, keep_largest
 
-__all__ = ["choose", "complete", "mask", "prunable", "weight_of"]
+__all__ = ["choose", "complete", "magnitudes", "mask", "prunable", "select", "weight_of"]
 
 
-def mask(scores: Any, pattern: Pattern, sparsity: float, *, rules: Patterns | None = None) -> Any:
+def mask(
+    scores: Any,
+    pattern: Pattern,
+    sparsity: float,
+    *,
+    rules: Patterns | None = None,
+    distribution: Distribution | None = None,
+) -> Any:
     """Masks that keep the largest of any scores, True where a weight is kept.
 
-    Each leaf has the same sparsity: `size - floor(sparsity * size + 1/2)` units are kept
-    in it exactly, ties in favour of the lower index.
+    `size - floor(sparsity * size + 1/2)` units are kept exactly, in each leaf or, as the
+    distribution has it, in all together; ties in favour of the lower index.
 
     Args:
       scores: a tree of floating arrays, `jax.tree.map(jnp.abs, params)` for instance.
@@ -29,6 +37,8 @@ def mask(scores: Any, pattern: Pattern, sparsity: float, *, rules: Patterns | No
       sparsity: the fraction of zeros; for `nm` the share of constrained groups.
       rules: patterns of the paths to prune; floating leaves of two dimensions and more
         if None.
+      distribution: `global_()`, `erk()`, `by_rule({...})`; `uniform()` if None, the same
+        sparsity in each leaf.
 
     Returns:
       A tree like `scores` of bool arrays, `optax.MaskedNode()` where nothing is pruned.
@@ -47,23 +57,57 @@ def mask(scores: Any, pattern: Pattern, sparsity: float, *, rules: Patterns | No
     paths = [path for path, _ in leaves_with_paths(scores)]
     wanted = {path: weight_of(leaf) for path, leaf in leaves_with_paths(scores) if path in chosen}
     starts = {path: jnp.asarray(COLD) for path in wanted}
-    masks, _ = choose(wanted, pattern, lambda size: schedule.kept(jnp.int32(0), size), starts)
+    kept = lambda size, share=1.0: schedule.kept(jnp.int32(0), size, share)
+    masks, _ = choose(wanted, pattern, distribution or uniform(), kept, starts)
     return rebuild(scores, [masks.get(path, optax.MaskedNode()) for path in paths])
 
 
 def choose(
     scores: Mapping[str, jax.Array],
     pattern: Pattern,
-    kept: Callable[[int], jax.Array],
+    distribution: Distribution,
+    kept: Callable[..., jax.Array],
     starts: Mapping[str, jax.Array],
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Masks by path, and the thresholds from which the next search starts."""
-    masks, thresholds = {}, {}
-    for path, score in scores.items():
-        units = pattern.units(path, score)
-        [keep], thresholds[path] = keep_largest([units], kept(units.size), starts[path])
-        masks[path] = pattern.spread(path, keep, score)
+    units = {path: pattern.units(path, score) for path, score in scores.items()}
+    chosen, thresholds = select(units, pattern, distribution, kept, starts, scores)
+    masks = {path: pattern.spread(path, chosen[path], score) for path, score in scores.items()}
     return masks, thresholds
+
+
+def select(
+    units: Mapping[str, jax.Array],
+    pattern: Pattern,
+    distribution: Distribution,
+    kept: Callable[..., jax.Array],
+    starts: Mapping[str, jax.Array],
+    leaves: Mapping[str, jax.Array],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Which units are kept, and thresholds; one search for each competition."""
+    if pattern.separate and distribution.across:
+        raise ValueError(
+            f"the distribution {distribution.name!r} lets leaves compete, and the pattern keeps "
+            "the same number in each output: use uniform() or by_rule(), or unstructured() "
+            "without axes"
+        )
+    sizes = {
+        path: Leaf(leaves[path].shape, u.shape[-1] if pattern.separate else u.size)
+        for path, u in units.items()
+    }
+    chosen, thresholds = {}, {}
+    for paths, number in distribution.allot(sizes, kept):
+        start = starts[paths[0]]
+        if pattern.separate:
+            [path] = paths
+            search = lambda u, number=number, start=start: keep_largest([u], number, start)
+            [keep], found = jax.vmap(search)(units[path])
+            keeps, threshold = [keep], jnp.max(found, initial=0)
+        else:
+            keeps, threshold = keep_largest([units[path] for path in paths], number, start)
+        for path, keep in zip(paths, keeps):
+            chosen[path], thresholds[path] = keep, threshold
+    return chosen, thresholds
 
 
 def complete(masks: Any, params: Any) -> Any:
@@ -80,6 +124,15 @@ def complete(masks: Any, params: Any) -> Any:
 def weight_of(leaf: Any) -> Any:
     """The array of a leaf that is pruned: the float weight of a `FakeQuantArray`."""
     return leaf.weight if isinstance(leaf, FakeQuantArray) else leaf
+
+
+def magnitudes(params: Any) -> Any:
+    """The absolute values of floating leaves; the others as they are."""
+
+    def one(leaf: Any) -> Any:
+        return jnp.abs(weight_of(leaf)) if _floating(leaf) else leaf
+
+    return jax.tree.map(one, params, is_leaf=is_compressed)
 
 
 def prunable(params: Any, rules: Patterns | None) -> set[str]:

@@ -11,28 +11,34 @@ from jaxcompress._paths import map_with_paths
 from jaxcompress.arrays import FakeQuantArray, QuantizedArray, is_compressed
 from jaxcompress.arrays._bitmap import bitmap_of
 from jaxcompress.prune._mask import complete
+from jaxcompress.prune._patterns import Pattern
 
 __all__ = ["pack"]
 
 
-def pack(params: Any, masks: Any, *, layout: Any = None) -> Any:
-    """Stores pruned weights as `BitmapSparseArray`s: a bit each, and the kept values.
+def pack(params: Any, masks: Any, *, pattern: Pattern | None = None, layout: Any = None) -> Any:
+    """Stores what pruning has kept, in the form of the pattern that it was pruned to.
 
-    `bytes = size / 8 + kept * bits / 8`, scales aside: at 90 % sparsity 4.1 bits a weight
-    in float32, 1.4 with four-bit values.
+    `nm` gives `NMSparseArray`s, `block` `BlockSparseArray`s. Any other pattern, and None,
+    gives `BitmapSparseArray`s, a bit each and the kept values: `bytes = size / 8 +
+    kept * bits / 8`, scales aside, at 90 % sparsity 4.1 bits a weight in float32, 1.4
+    with four-bit values.
 
     Args:
       params: dense leaves, `QuantizedArray`s, or `FakeQuantArray`s, which are converted.
       masks: what `jaxcompress.prune.masks` or `mask` returned: True keeps;
         `optax.MaskedNode()` leaves the leaf as it is.
+      pattern: `nm(2, 4, axis=-2)`, `block(16, 16)`, ...; every mask must fit it.
       layout: what `jaxcompress.layout` found, for stacked layers and experts: their
-        batch axes then stay axes, as `lax.scan` needs.
+        batch axes then stay axes, as `lax.scan` needs. Blocks of a weight that contracts
+        its last axis then lie along that.
 
     Returns:
       A tree like `params`, where every weight that its mask drops is zero.
 
     Raises:
-      ValueError: a mask of another shape than its leaf; batch axes that do not lead;
+      ValueError: a mask of another shape than its leaf, or that does not fit the pattern
+        (where is said); batch axes that do not lead;
         traced values (how many are kept decides shapes, so pack outside `jit`).
       TypeError: a leaf that cannot be packed: integers, one packed already, or one with
         zero points.
@@ -52,6 +58,8 @@ def pack(params: Any, masks: Any, *, layout: Any = None) -> Any:
         if isinstance(leaf, FakeQuantArray):
             leaf = leaf.convert()
         _check(path, leaf, mask)
+        if pattern is not None and pattern.store is not None:
+            return pattern.store(path, leaf, mask, found)
         batch = found.batch if found is not None and found.contract is not None else ()
         leading = len(batch)
         if tuple(batch) != tuple(range(-leaf.ndim, -leaf.ndim + leading)):

@@ -23,6 +23,7 @@ _TOP = np.uint32(0xFFFFFFFF)  # above every key
 _INFINITE = np.uint32(0xFF000000)  # the bits of infinity without the sign; NaN is above
 
 
+@jax.jit  # called outside of one, its loops would be compiled at every call
 def keep_largest(
     scores: Sequence[jax.Array], keep: jax.Array | int, start: jax.typing.ArrayLike = COLD
 ) -> tuple[list[jax.Array], jax.Array]:

@@ -9,15 +9,22 @@ from jax import lax
 
 from jaxcompress._paths import leaves_with_paths, path_string, rebuild, subtrees
 from jaxcompress._rules import Patterns
-from jaxcompress.arrays import is_compressed
-from jaxcompress.arrays._quantized import replace
 from jaxcompress.prune._criteria import Criterion
-from jaxcompress.prune._mask import choose, complete, prunable, weight_of
+from jaxcompress.prune._distributions import Distribution, uniform
+from jaxcompress.prune._mask import choose, prunable, weight_of
 from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._schedules import Schedule
 from jaxcompress.prune._select import COLD
+from jaxcompress.prune._zeroing import (
+    clear,
+    complete_checked,
+    is_nothing,
+    map_pruned,
+    need_params,
+    to_zero,
+)
 
-__all__ = ["PruneState", "SparsifyState", "keep", "masks", "prune", "sparsify"]
+__all__ = ["PruneState", "SparsifyState", "keep", "masks", "own_keys", "prune", "sparsify"]
 
 
 class PruneState(NamedTuple):
@@ -53,7 +60,12 @@ class SparsifyState(NamedTuple):
 
 
 def prune(
-    criterion: Criterion, pattern: Pattern, schedule: Schedule, *, rules: Patterns | None = None
+    criterion: Criterion,
+    pattern: Pattern,
+    schedule: Schedule,
+    *,
+    rules: Patterns | None = None,
+    distribution: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes as the last link of `optax.chain`, after any optimizer.
 
@@ -69,6 +81,8 @@ def prune(
       schedule: `polynomial(0.9, begin=0, end=1000)`, `constant(0.9)`, ...
       rules: patterns of the paths to prune; every floating leaf of two dimensions and
         more if None. The weight of a `FakeQuantArray` is pruned like any other.
+      distribution: `global_()`, `erk()`, `by_rule({...})`; `uniform()` if None, the same
+        sparsity in each leaf.
 
     Returns:
       A gradient transformation whose `update` needs `params`. `masks` finds the masks.
@@ -96,6 +110,7 @@ def prune(
             f"{criterion.name} needs gradients, and the last link of a chain sees updates: use "
             "jc.prune.sparsify(optimizer, criterion, pattern, schedule)"
         )
+    parts = criterion, pattern, schedule, distribution or uniform()
 
     def init(params: Any) -> PruneState:
         return _init(params, criterion, rules)
@@ -104,7 +119,7 @@ def prune(
         updates: Any, state: PruneState, params: Any = None, **extra: Any
     ) -> tuple[Any, PruneState]:
         del extra
-        return _advance(updates, None, state, params, criterion, pattern, schedule)
+        return _advance(updates, None, state, params, *parts)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -116,6 +131,7 @@ def sparsify(
     schedule: Schedule,
     *,
     rules: Patterns | None = None,
+    distribution: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes around an optimizer: dense gradients for the criterion, masked ones inside.
 
@@ -125,7 +141,7 @@ def sparsify(
     Args:
       inner: any optimizer, `optax.adam(1e-3)` or a chain.
       criterion: any; it sees the raw gradients.
-      pattern, schedule, rules: as for `prune`.
+      pattern, schedule, rules, distribution: as for `prune`.
 
     Returns:
       A gradient transformation whose `update` needs `params`. `masks` finds the masks.
@@ -146,6 +162,7 @@ def sparsify(
     Evci et al., 2020, Rigging the Lottery, arXiv:1911.11134.
     """
     inner_tx = optax.with_extra_args_support(inner)
+    parts = criterion, pattern, schedule, distribution or uniform()
 
     def init(params: Any) -> SparsifyState:
         return SparsifyState(inner_tx.init(params), _init(params, criterion, rules))
@@ -153,15 +170,15 @@ def sparsify(
     def update(
         updates: Any, state: SparsifyState, params: Any = None, **extra: Any
     ) -> tuple[Any, SparsifyState]:
-        _need_params(params)
+        need_params(params)
         before = state.pruning.masks
-        masked = _map_pruned(
+        masked = map_pruned(
             lambda g, m: jnp.where(m, g, jnp.zeros_like(g)), params, updates, before
         )
         new, inner_state = inner_tx.update(masked, state.inner, params, **extra)
-        new, pruning = _advance(new, updates, state.pruning, params, criterion, pattern, schedule)
+        new, pruning = _advance(new, updates, state.pruning, params, *parts)
         keep = jax.tree.map(jnp.logical_and, before, pruning.masks)
-        return new, SparsifyState(_clear(inner_state, params, keep), pruning)
+        return new, SparsifyState(clear(inner_state, params, keep), pruning)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -192,10 +209,7 @@ def keep(masks: Any) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: Any) -> PruneState:
-        whole = complete(masks, params)
-        for (path, leaf), m in zip(leaves_with_paths(params), subtrees(whole, params)):
-            if not _is_nothing(m) and m.shape != leaf.shape:
-                raise ValueError(f"{path!r} has the shape {leaf.shape}, its mask {m.shape}")
+        whole = complete_checked(masks, params)
         # Copied: a training step that donates its state must not take the caller's masks.
         return PruneState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, whole), {}, {})
 
@@ -203,8 +217,8 @@ def keep(masks: Any) -> optax.GradientTransformationExtraArgs:
         updates: Any, state: PruneState, params: Any = None, **extra: Any
     ) -> tuple[Any, PruneState]:
         del extra
-        _need_params(params)
-        zeroed = _map_pruned(_to_zero, params, updates, state.masks, params)
+        need_params(params)
+        zeroed = map_pruned(to_zero, params, updates, state.masks, params)
         return zeroed, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -241,7 +255,7 @@ def masks(state: Any) -> Any:
 
 def _merge(path: Any, options: list[Any]) -> Any:
     """One tree of those masks that are real; a node of nothing may stand for a subtree."""
-    real = [o for o in options if not _is_nothing(o)]
+    real = [o for o in options if not is_nothing(o)]
     if len(real) < 2:
         return real[0] if real else optax.MaskedNode()
     if jax.tree_util.all_leaves(real[:1]):
@@ -254,15 +268,6 @@ def _merge(path: Any, options: list[Any]) -> Any:
     return treedef.unflatten(
         [_merge((*path, *kids[0][0]), [kid for _, kid in kids]) for kids in children]
     )
-
-
-def _is_nothing(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def _need_params(params: Any) -> None:
-    if params is None:
-        raise ValueError("pruning needs the parameters: tx.update(grads, state, params)")
 
 
 def _init(params: Any, criterion: Criterion, rules: Patterns | None) -> PruneState:
@@ -279,8 +284,18 @@ def _init(params: Any, criterion: Criterion, rules: Patterns | None) -> PruneSta
             ],
         ),
         {path: jnp.asarray(COLD) for path in weights},
-        {path: criterion.init(w) for path, w in weights.items()},
+        {path: own_keys(criterion.init(w), i) for i, (path, w) in enumerate(weights.items())},
     )
+
+
+def own_keys(memory: Any, index: int) -> Any:
+    """A criterion's memory with random keys that no other leaf has."""
+
+    def one(leaf: Any) -> Any:
+        is_key = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.fold_in(leaf, index) if is_key else leaf
+
+    return jax.tree.map(one, memory)
 
 
 def _advance(
@@ -291,13 +306,14 @@ def _advance(
     criterion: Criterion,
     pattern: Pattern,
     schedule: Schedule,
+    distribution: Distribution,
 ) -> tuple[Any, PruneState]:
     """One update: scores, masks if they are due, and exact zeros where pruned."""
-    _need_params(params)
+    need_params(params)
     paths = [path for path, _ in leaves_with_paths(params)]
     columns = [subtrees(tree, params) for tree in (params, updates, state.masks)]
     columns.append([None] * len(paths) if grads is None else subtrees(grads, params))
-    rows = [row for row in zip(paths, *columns) if not _is_nothing(row[3])]
+    rows = [row for row in zip(paths, *columns) if not is_nothing(row[3])]
     scores, memory, old = {}, {}, {}
     for path, p, u, m, g in rows:
         # The weight as optax.apply_updates will make it.
@@ -307,8 +323,8 @@ def _advance(
         old[path] = m
 
     def anew(_: Any) -> tuple[Any, Any]:
-        kept = lambda size: schedule.kept(state.count, size)
-        return choose(scores, pattern, kept, state.thresholds)
+        kept = lambda size, share=1.0: schedule.kept(state.count, size, share)
+        return choose(scores, pattern, distribution, kept, state.thresholds)
 
     def as_before(_: Any) -> tuple[Any, Any]:
         return old, dict(state.thresholds)
@@ -318,51 +334,5 @@ def _advance(
     else:
         new, thresholds = lax.cond(schedule.due(state.count), anew, as_before, None)
     new_masks = rebuild(params, [new.get(path, optax.MaskedNode()) for path in paths])
-    zeroed = _map_pruned(_to_zero, params, updates, new_masks, params)
+    zeroed = map_pruned(to_zero, params, updates, new_masks, params)
     return zeroed, PruneState(optax.safe_increment(state.count), new_masks, thresholds, memory)
-
-
-def _to_zero(u: jax.Array, m: jax.Array, p: jax.Array) -> jax.Array:
-    """The update that leaves exactly zero: `-p`, not rounded to a narrower dtype."""
-    dtype = jnp.promote_types(u.dtype, p.dtype)
-    return jnp.where(m, u.astype(dtype), -p.astype(dtype))
-
-
-def _map_pruned(fn: Any, params: Any, updates: Any, masks: Any, *rest: Any) -> Any:
-    """`fn(update, mask, *rest)` of the weights that have a mask; other updates as they are."""
-    out = []
-    for u, m, *others in zip(*(subtrees(tree, params) for tree in (updates, masks, *rest))):
-        if _is_nothing(m):
-            out.append(u)
-            continue
-        new = fn(weight_of(u), m, *map(weight_of, others))
-        out.append(replace(u, weight=new) if is_compressed(u) else new)
-    return rebuild(params, out)
-
-
-def _clear(state: Any, params: Any, keep: Any) -> Any:
-    """Zeroes what an optimizer remembers of weights that are pruned, or were until now.
-
-    A leaf of its state belongs to a parameter if its path ends with the parameter's and
-    it has its shape: true of moments in any wrapper, without knowing the wrapper.
-    """
-    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_compressed)
-    # Those without a mask too: the longest path that fits is the owner's.
-    by_path = {tuple(map(str, p)): None for p, _ in jax.tree_util.tree_leaves_with_path(params)}
-    for (path, leaf), mask in zip(flat, subtrees(keep, params)):
-        if not _is_nothing(mask):
-            inside = (".weight",) if is_compressed(leaf) else ()
-            by_path[(*map(str, path), *inside)] = mask
-
-    def clear(path: Any, leaf: Any) -> Any:
-        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return leaf
-        keys = tuple(map(str, path))
-        suffixes = (keys[start:] for start in range(len(keys) + 1))
-        owner = next((suffix for suffix in suffixes if suffix in by_path), None)
-        mask = None if owner is None else by_path[owner]
-        if mask is None or mask.shape != leaf.shape:
-            return leaf
-        return jnp.where(mask, leaf, jnp.zeros_like(leaf))
-
-    return jax.tree_util.tree_map_with_path(clear, state)

@@ -1,7 +1,25 @@
 """Quantization: specs, rounding to nearest, and training for it."""
 
+from jaxcompress._sequential import Finished
+from jaxcompress.quantize._adaround import adaround
+from jaxcompress.quantize._format_specs import (
+    binary,
+    fp8_e4m3,
+    fp8_e5m2,
+    mxfp4,
+    mxfp8,
+    nf4,
+    nvfp4,
+    ternary,
+)
+from jaxcompress.quantize._gptq import gptq
+from jaxcompress.quantize._hqq import hqq
+from jaxcompress.quantize._methods import dorefa, lsq, lsq_plus, pact
 from jaxcompress.quantize._qat import convert, freeze, prepare_qat, trainable
 from jaxcompress.quantize._quantize import quantize
+from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
+from jaxcompress.quantize._scaling import awq, smoothquant
+from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
 from jaxcompress.quantize._specs import (
     Spec,
     int2,
@@ -16,15 +34,40 @@ from jaxcompress.quantize._specs import (
 )
 
 __all__ = [
+    "Finished",
+    "LeafReport",
+    "Report",
     "Spec",
+    "binary",
+    "clip_weights",
+    "adaround",
+    "awq",
     "convert",
+    "delayed",
+    "dorefa",
+    "fp8_e4m3",
+    "fp8_e5m2",
     "freeze",
+    "freeze_ranges",
+    "gptq",
+    "hqq",
     "int2",
     "int3",
     "int4",
     "int8",
+    "lsq",
+    "lsq_plus",
+    "mxfp4",
+    "mxfp8",
+    "nf4",
+    "nvfp4",
+    "pact",
     "prepare_qat",
     "quantize",
+    "report",
+    "sensitivity",
+    "ternary",
+    "smoothquant",
     "trainable",
     "w4a4",
     "w4a8",

@@ -9,7 +9,8 @@ import optax
 
 from jaxcompress._paths import map_with_paths
 from jaxcompress.arrays import FakeQuantArray, is_compressed
-from jaxcompress.arrays._rounding import absmax_scale
+from jaxcompress.arrays._fit import fit
+from jaxcompress.quantize._methods import check_learned
 from jaxcompress.quantize._resolve import map_rules
 from jaxcompress.quantize._specs import Spec
 
@@ -34,10 +35,11 @@ def prepare_qat(
 
     Args:
       params, rules, layout: as for `quantize`.
-      stats: `absmax` statistics for specs with static activations; the activation scales
-        start there, and are trained.
+      stats: statistics for specs with static activations, as for `quantize`; the scales
+        and offsets of the activations start there, and are trained.
       learn_scale: makes each weight's scales trained leaves too, starting from the
-        absolute maxima (LSQ); otherwise they follow the maxima.
+        absolute maxima; otherwise they follow the maxima. `lsq` starts elsewhere, and
+        scales their gradient as published.
 
     Returns:
       A tree like `params` with `FakeQuantArray` leaves.
@@ -56,13 +58,12 @@ def prepare_qat(
     Quantization, arXiv:1902.08153.
     """
 
-    def make(w: jax.Array, *, act_scale: Any, **static: Any) -> FakeQuantArray:
+    def make(w: jax.Array, *, act_scale: Any, act_offset: Any, **static: Any) -> FakeQuantArray:
         scale = None
         if learn_scale:
-            if not static["qtype"].symmetric:
-                raise ValueError(f"{static['path']!r}: learned scales need a symmetric spec")
-            scale = absmax_scale(w, static["axis"], static["group_size"], static["qtype"])
-        return FakeQuantArray(w, scale, act_scale, **static)
+            check_learned(static["qtype"], static["path"])
+            scale = fit(w, static["axis"], static["group_size"], static["qtype"]).scale
+        return FakeQuantArray(w, scale, act_scale, act_offset, **static)
 
     return map_rules(make, params, rules, layout, stats)
 

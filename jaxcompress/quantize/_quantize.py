@@ -25,8 +25,9 @@ def quantize(
         leaves its leaves alone, and so do leaves that no rule names.
       layout: what `jaxcompress.layout` found: the contracting axes, for specs without
         `axis`. Without it such a spec takes -2.
-      stats: what `jaxcompress.calibrate` found with `absmax()`, for specs with static
-        activations.
+      stats: what `jaxcompress.calibrate` found, for specs with static activations: with
+        `absmax()`, `minmax()`, `moving_average()`, `percentile()`, `mse()`, `entropy()` or
+        `snr()` of `jaxcompress.statistics`.
 
     Returns:
       A tree like `params`; run it with `jaxcompress.accelerate`. Within a group the error

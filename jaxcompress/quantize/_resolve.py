@@ -5,15 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxcompress._calibrate import Observed
 from jaxcompress._layout import Layout
 from jaxcompress._paths import map_with_paths
 from jaxcompress._rules import assign
+from jaxcompress._statistics import Observed
 from jaxcompress.arrays import is_compressed
 from jaxcompress.arrays._granularity import normalise
 from jaxcompress.arrays._qtype import float_dtype
-from jaxcompress.arrays._rounding import scale_of
+from jaxcompress.arrays._rounding import range_scale, scale_of
 from jaxcompress.quantize._specs import Spec
 
 __all__ = ["map_rules"]
@@ -48,13 +49,14 @@ def map_rules(
         axis, group_size = normalise(
             leaf.shape, _axis(path, leaf, spec, layout is not None, found), spec.group_size, path
         )
-        act_scale = _act_scale(path, leaf, spec, stats is not None, seen)
+        act_scale, act_offset = _act_range(path, leaf, spec, stats is not None, seen)
         static = dict(
             qtype=spec.qtype,
             axis=axis,
             group_size=group_size,
             act=spec.act,
             act_scale=act_scale,
+            act_offset=act_offset,
             path=path,
         )
         return make(leaf, **static)
@@ -80,23 +82,33 @@ def _axis(
     return found.contract
 
 
-def _act_scale(
+def _act_range(
     path: str, leaf: Any, spec: Spec, has_stats: bool, seen: Observed | None
-) -> jax.Array | None:
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The scale and the offset of static activations."""
     if spec.act is None or not spec.act.static:
-        return None
+        return None, None
     if not has_stats or not isinstance(seen, Observed):
         raise ValueError(
             f"the spec for {path!r} has static activations and needs stats=jc.calibrate(fn, "
             "params, batches, jc.statistics.absmax())"
         )
-    largest = seen.of(path)
-    if largest.ndim != leaf.ndim:
+    value = seen.of(path).astype(jnp.float32)
+    if value.ndim == leaf.ndim:  # a largest magnitude
+        low, high = -value, value
+    elif value.ndim == leaf.ndim + 1 and value.shape[-1] == 2:
+        low, high = value[..., 0], value[..., 1]
+    else:
         raise ValueError(
-            f"the statistic of {path!r} has the shape {largest.shape}; static activations take "
-            f"absmax, one number for each layer, in {leaf.ndim} dimensions"
+            f"the statistic of {path!r} has the shape {value.shape}; static activations take "
+            f"a magnitude or a range for each layer, in {leaf.ndim} dimensions, from absmax, "
+            "minmax, moving_average, percentile, mse, entropy or snr"
         )
-    return scale_of(largest.astype(jnp.float32), spec.act.qtype.high)
+    if not isinstance(seen.value, jax.core.Tracer) and not np.isfinite(seen.value).all():
+        raise ValueError(f"activations that met {path!r} in calibration are not finite")
+    if spec.act.qtype.symmetric:
+        return scale_of(jnp.maximum(-low, high), spec.act.qtype.high), None
+    return range_scale(low, high, spec.act.qtype)
 
 
 def _refuse_non_finite(path: str, leaf: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxcompress.arrays import Activation, IntType
+from jaxcompress.arrays._qtype import QType
 
 __all__ = ["Spec", "int2", "int3", "int4", "int8", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16"]
 
@@ -15,7 +16,7 @@ class Spec:
     """How to quantize a weight, and the activations that meet it.
 
     Attributes:
-      qtype: the integers that the weight becomes.
+      qtype: the numbers that the weight becomes.
       axis: the axes along which weights share a scale, those that the product
         contracts. None takes them from the layout, or, without one, -2: one scale for
         each index of the last axis, the output channels of Flax's `Dense`.
@@ -28,7 +29,7 @@ class Spec:
     'int5'
     """
 
-    qtype: IntType
+    qtype: QType
     axis: Axis = None
     group_size: Axis = None
     act: Activation | None = None
@@ -38,6 +39,8 @@ class Spec:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 object.__setattr__(self, name, tuple(value))
+        if self.act is not None and self.act.grad_bits and not self.qtype.integer:
+            raise ValueError(f"gradients in integers need integer weights, not {self.qtype.name}")
 
 
 def _weights(bits: int, axis: Axis, group_size: Axis, symmetric: bool) -> Spec:
@@ -121,14 +124,32 @@ def w4a16(*, axis: Axis = None, group_size: Axis = None) -> Spec:
 
 
 def _both(
-    bits: int, act_bits: int, axis: Axis, group_size: Axis, static: bool, per_token: bool
+    bits: int,
+    act_bits: int,
+    axis: Axis,
+    group_size: Axis,
+    static: bool,
+    per_token: bool,
+    act_symmetric: bool,
+    grad_bits: int | None,
 ) -> Spec:
-    act = Activation(IntType(act_bits), per_token=per_token and not static, static=static)
+    act = Activation(
+        IntType(act_bits, act_symmetric),
+        per_token=per_token and not static,
+        static=static,
+        grad_bits=grad_bits,
+    )
     return Spec(qtype=IntType(bits), axis=axis, group_size=group_size, act=act)
 
 
 def w8a8(
-    *, axis: Axis = None, group_size: Axis = None, static: bool = False, per_token: bool = True
+    *,
+    axis: Axis = None,
+    group_size: Axis = None,
+    static: bool = False,
+    per_token: bool = True,
+    act_symmetric: bool = True,
+    grad_bits: int | None = None,
 ) -> Spec:
     """Eight-bit weights and activations, multiplied as integers.
 
@@ -141,6 +162,10 @@ def w8a8(
         `s_x = max |x| / 127`, computed as the activations come,
       per_token: for each token (each index that the product does not contract), or with
         False once for the whole tensor.
+      act_symmetric: False fits the range of the activations with an offset instead, which
+        is worth a bit after a ReLU: `x ~ s_x x_q + o_x`.
+      grad_bits: in training, rounds the gradients that come back to this many bits,
+        stochastically, and multiplies them as integers too; None leaves them in floats.
 
     >>> import jaxcompress as jc
     >>> jc.quantize.w8a8(static=True).act.static
@@ -148,11 +173,17 @@ def w8a8(
 
     Jacob et al., 2018, arXiv:1712.05877.
     """
-    return _both(8, 8, axis, group_size, static, per_token)
+    return _both(8, 8, axis, group_size, static, per_token, act_symmetric, grad_bits)
 
 
 def w4a8(
-    *, axis: Axis = None, group_size: Axis = None, static: bool = False, per_token: bool = True
+    *,
+    axis: Axis = None,
+    group_size: Axis = None,
+    static: bool = False,
+    per_token: bool = True,
+    act_symmetric: bool = True,
+    grad_bits: int | None = None,
 ) -> Spec:
     """Four-bit weights and eight-bit activations, multiplied as integers; see `w8a8`.
 
@@ -160,11 +191,17 @@ def w4a8(
     >>> jc.quantize.w4a8(group_size=64).act.qtype.bits
     8
     """
-    return _both(4, 8, axis, group_size, static, per_token)
+    return _both(4, 8, axis, group_size, static, per_token, act_symmetric, grad_bits)
 
 
 def w4a4(
-    *, axis: Axis = None, group_size: Axis = None, static: bool = False, per_token: bool = True
+    *,
+    axis: Axis = None,
+    group_size: Axis = None,
+    static: bool = False,
+    per_token: bool = True,
+    act_symmetric: bool = True,
+    grad_bits: int | None = None,
 ) -> Spec:
     """Four-bit weights and activations, multiplied as integers; see `w8a8`.
 
@@ -172,4 +209,4 @@ def w4a4(
     >>> jc.quantize.w4a4().act.qtype.high
     7
     """
-    return _both(4, 4, axis, group_size, static, per_token)
+    return _both(4, 4, axis, group_size, static, per_token, act_symmetric, grad_bits)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from checks import made, quantized, random
+from checks import ON_CPU, made, quantized, random
 
 X = jax.ShapeDtypeStruct((32, 64), jnp.float32)
 model = lambda p, x: x @ p["w"]
@@ -19,7 +19,7 @@ def test_a_row_says_all_there_is():
     assert row.path == "a/w"
     assert row.container == "QuantizedArray"
     assert row.primitive == "dot_general"
-    assert (row.op, row.implementation) == ("int8_matmul", "xla")
+    assert (row.op, row.implementation) == ("int8_matmul", ON_CPU)
     assert row.nbytes == 64 * 8 + 8 * 4
     assert "uint8 x int8" in row.why
 
@@ -27,7 +27,7 @@ def test_a_row_says_all_there_is():
 @pytest.mark.parametrize(
     ("platform", "implementation"),
     [
-        ("cpu", "xla"),
+        ("cpu", ON_CPU),
         ("gpu", "reference"),
         ("cuda", "reference"),
         ("rocm", "reference"),
@@ -118,4 +118,4 @@ def test_it_prints_as_a_table():
     q = {"w": made((64, 8), path="w")}
     head, line = str(jc.explain(model, q, X)).splitlines()
     assert head.split() == ["path", "primitive", "op", "implementation", "bytes", "why"]
-    assert line.split()[:5] == ["w", "dot_general", "quantized_matmul", "xla", "544"]
+    assert line.split()[:5] == ["w", "dot_general", "quantized_matmul", ON_CPU, "544"]

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 import jaxcompress as jc
 import oracles_pruning as oracles
@@ -107,13 +106,6 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(scale, te
     logits = random(40, 10) * np.float32(scale)
     assert not np.any(kl(logits, logits, temperature=temperature))
     assert not np.any(gradient(logits, logits, temperature=temperature))
-
-
-def test_gradients_and_their_gradients():
-    student, teacher = jnp.asarray(random(3, 4)), jnp.asarray(random(3, 4, seed=1))
-    fn = jax.jit(lambda s: jc.distill.kl(s, teacher, temperature=2.0))
-    # Differences in float32 with a step of 1e-2: good to three digits.
-    check_grads(fn, (student,), 2, modes=["rev"], rtol=1e-2, atol=1e-2, eps=1e-2)
 
 
 def test_no_gradient_to_the_teacher_one_to_the_temperature():

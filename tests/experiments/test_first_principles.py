@@ -22,7 +22,7 @@ import _first_principles_model as model
 import _first_principles_training as training
 import first_principles
 import update_readme
-from _data import Digits, Split
+from _data import Dataset, Split
 
 RECORD = json.loads((ROOT / "experiments/results/first_principles.json").read_text())
 NUMBERS = {lesson["name"]: lesson["numbers"] for lesson in RECORD["lessons"]}
@@ -150,7 +150,7 @@ def test_devices_gradients():
     """Eight devices' own gradients against float64, as far from the whole batch's as shown."""
     x, y = examples(training.LARGE, 784, 10)
     split = Split(x, y)
-    lesson = training.data_parallel(Digits(split, split, split), jax.random.key(3), 1)
+    lesson = training.data_parallel(Dataset(split, split, split), jax.random.key(3), 1)
     k_init, k_order = jax.random.split(jax.random.key(3))
     params = model.init(k_init, training.SIZES)
     order = np.asarray(model.batches(k_order, len(y), training.LARGE, 1))[0]

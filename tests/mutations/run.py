@@ -78,9 +78,12 @@ def verdict(mutant: Mutant, work: Path) -> str | None:
 
 
 def main() -> int:
-    wanted = set(sys.argv[1:])
-    mutants = [read(patch) for patch in sorted(HERE.glob("*.patch"))]
-    mutants = [m for m in mutants if not wanted or m.patch.name.split("_")[0] in wanted]
+    wanted = {number.zfill(2) for number in sys.argv[1:]}
+    by_number = {p.name.split("_")[0]: read(p) for p in sorted(HERE.glob("*.patch"))}
+    if not wanted <= set(by_number):
+        # Without a mutant there would be no test to name, and pytest would run them all.
+        sys.exit(f"mutants have the numbers {', '.join(by_number)}; got {', '.join(sys.argv[1:])}")
+    mutants = [m for number, m in by_number.items() if not wanted or number in wanted]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

@@ -7,6 +7,7 @@ import pytest
 
 import jaxcompress as jc
 from checks import quantized, random
+from jaxcompress.kernels import cpu
 from jaxcompress.ops import _choice, _int8_matmul, _quantized_matmul
 from jaxcompress.ops._choice import Implementation, Problem, choose, dispatch
 
@@ -92,16 +93,22 @@ def test_a_table_ends_with_a_reference_that_refuses_nothing(table):
         assert all(table[-1].refuses(p, platform) is None for p in problems)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+@pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("shape", [(16, 6), (3, 16, 6)])
 @pytest.mark.parametrize("group_size", [None, 8])
-def test_what_is_said_is_what_is_compiled(rows, shape, group_size):
-    """An unsigned operand is the mark of the xla product in the lowered program."""
+@pytest.mark.parametrize("native", [True, False])
+def test_what_is_said_is_what_is_compiled(rows, shape, group_size, native, monkeypatch):
+    """An unsigned operand is the mark of the xla product, a custom call that of the native one."""
+    if not native:
+        monkeypatch.setattr(cpu, "missing", lambda: "they were left out")
+    expected = "xla" if cpu.missing() else "cpu"
     spec = jc.quantize.w8a8(group_size=group_size)
     params, x = {"w": quantized(random(*shape), spec)}, random(*shape[:-2], rows, 16)
     fn = lambda p, x: x @ p["w"]
     [row] = jc.explain(fn, params, x)
     text = jax.jit(jc.accelerate(fn)).lower(params, x).as_text()
     unsigned = any("dot_general" in line and "ui8" in line for line in text.splitlines())
-    assert (row.op, row.implementation) == ("int8_matmul", "xla")
-    assert unsigned == (row.implementation == "xla")
+    assert (row.op, row.implementation) == ("int8_matmul", expected)
+    assert (f"not cpu: {cpu.missing()}" in row.why) == (expected == "xla")
+    assert unsigned == (expected == "xla")
+    assert ("jaxcompress_quantized_matmul" in text) == (expected == "cpu")

@@ -184,7 +184,7 @@ SCALE = np.ones((1, 4), np.float32)
         (TypeError, "w_zero_point is float32", (X, W), dict(w_scale=SCALE, w_zero_point=SCALE)),
         (
             ValueError,
-            "there is no implementation 'fast' of this op; there are 'xla', 'reference'",
+            "no implementation 'fast' of this op; there are 'cpu', 'xla', 'pallas_tpu', 'triton'",
             (X, W),
             dict(implementation="fast"),
         ),

@@ -184,7 +184,7 @@ SCALE = np.ones((1, 4), np.float32)
         (ValueError, r"expected zero_point of", (X, W, SCALE, np.int8(W)), {}),
         (
             ValueError,
-            "there are 'xla', 'reference'",
+            "there are 'cpu', 'xla', 'pallas_tpu', 'triton'",
             (X, W, SCALE),
             dict(implementation="fast"),
         ),

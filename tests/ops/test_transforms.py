@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
 import oracles
+from jaxcompress.kernels import cpu
 
 
 def int8(*shape, seed=0):
@@ -21,7 +22,7 @@ def exact(x, w):
     return np.asarray(x, np.int64) @ np.asarray(w, np.int64)
 
 
-@pytest.fixture(params=["xla", "reference"])
+@pytest.fixture(params=["xla", "reference"] if cpu.missing() else ["cpu", "xla", "reference"])
 def matmul(request):
     return functools.partial(jc.ops.int8_matmul, implementation=request.param)
 
@@ -144,7 +145,10 @@ def test_quantized_matmul_sharded_and_mapped():
 
 @pytest.mark.parametrize("platforms", [["cpu"], ["cpu", "tpu", "cuda"]])
 def test_export_and_back(platforms):
-    """One exported program for all platforms; on this one it gives the same bits."""
+    """One exported program for all platforms.
+
+    It has no native kernels: the integers are the same, the floats round elsewhere.
+    """
 
     @jax.jit
     def fn(x, w, packed, scale):
@@ -157,7 +161,8 @@ def test_export_and_back(platforms):
     exported = jax.export.export(fn, platforms=platforms)(*args)
     back = jax.export.deserialize(exported.serialize())
     for got, want in zip(back.call(*args), fn(*args)):
-        np.testing.assert_array_equal(got, want)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert "@jaxcompress" not in exported.mlir_module()
 
 
 def test_only_the_cpu_gets_the_unsigned_product():

@@ -10,7 +10,7 @@ import pytest
 
 import jaxcompress as jc
 import oracles
-from checks import random
+from checks import EPS, random
 
 Q = jc.quantize
 ULP = 2.0**-23
@@ -97,8 +97,9 @@ def test_trained_then_converted(spec):
     run = jax.jit(jc.accelerate(model))
     seen, served = run(params, x), run(converted, x)
     if spec.act is not None and spec.group_size is None:
-        # Integer sums are far below 2^24 here: the float ones are exact as well.
-        np.testing.assert_array_equal(seen, served)
+        # Integer sums are far below 2^24 here: the float ones are exact as well. What is left are
+        # the roundings of two scales, twice.
+        np.testing.assert_allclose(seen, served, rtol=0, atol=8 * EPS * np.abs(seen).max())
     else:
         # Sums of twelve and nine terms in another order.
         np.testing.assert_allclose(seen, served, rtol=1e-4, atol=1e-5)

@@ -255,7 +255,7 @@ def test_statistics_that_do_not_fit():
     with pytest.raises(ValueError, match="'b/kernel' comes from no activations"):
         Q.quantize(PARAMS, rules, stats=stats)
     moments = jc.calibrate(fn, PARAMS, [jnp.ones((5, 4))], jc.statistics.second_moment())
-    with pytest.raises(ValueError, match="take absmax, one number for each layer"):
+    with pytest.raises(ValueError, match="take a magnitude or a range for each layer"):
         Q.quantize(PARAMS, {"a/kernel": Q.w8a8(static=True)}, stats=moments)
 
 

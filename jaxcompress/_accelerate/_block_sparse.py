@@ -1,0 +1,55 @@
+"""Products that meet a block-sparse weight: brought to the form that the op takes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcompress.arrays import BlockSparseArray
+from jaxcompress.ops._block_sparse import block_sparse_dot
+from jaxcompress.ops._linear import encode_activations
+
+__all__ = ["block_sparse"]
+
+
+def block_sparse(
+    x: jax.Array, w: BlockSparseArray, dimension_numbers: Any, weight_first: bool, dtype: Any
+) -> jax.Array | None:
+    """`lax.dot_general` of `x` and `w`, in this order or with `weight_first`.
+
+    None unless the product contracts the rows of its matrices and nothing else, each
+    leading axis is a batch axis, a scale does not vary along the rows, and activations have
+    no offset.
+    """
+    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
+    if weight_first:
+        (w_contract, x_contract), (w_batch, x_batch) = dimension_numbers
+    row = w.ndim - 1 if w.transposed else w.ndim - 2
+    plain = list(w_contract) == [row] and list(w_batch) == list(range(w.ndim - 2))
+    if not plain or x.size == 0 or w.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    if w.qtype is not None and w.scale.shape[row] != 1:
+        return None
+    if w.act is not None and not w.act.qtype.symmetric:
+        return None
+    x_free = [d for d in range(x.ndim) if d not in x_contract and d not in x_batch]
+    batch, k = w.rows.shape[:-2], w.matrix[0]
+    rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*batch, -1, k)
+    x_scale = None
+    if w.act is not None:
+        static = None if w.act_scale is None else w.act_scale.reshape(*batch, 1, 1)
+        rows, x_scale, _ = encode_activations(rows, w.act, static)
+    out = block_sparse_dot(rows, w.blocks(), w.rows, w.matrix[1])
+    if x_scale is not None:
+        out = out * x_scale
+    if w.qtype is not None:
+        scale = w.scale.astype(jnp.float32)
+        out = out * (jnp.swapaxes(scale, -1, -2) if w.transposed else scale)
+    why = "the activations of kept blocks are gathered; a dense product of those"
+    w.note(lax.dot_general_p, "block_sparse_matmul", "reference", why)
+    out = out.reshape(*batch, *(x.shape[d] for d in x_free), w.matrix[1]).astype(dtype)
+    if weight_first:
+        b = len(batch)
+        out = jnp.moveaxis(out, -1, b)
+    return out

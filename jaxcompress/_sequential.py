@@ -1,0 +1,191 @@
+"""The driver of every method that goes layer by layer over a whole model."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress import io
+from jaxcompress._accelerate import accelerate
+from jaxcompress._calibrate import calibrate
+from jaxcompress._paths import leaves_with_paths, rebuild
+from jaxcompress._program import Program, is_array, name_of, trace
+from jaxcompress._statistics import Statistic
+from jaxcompress.arrays import is_compressed
+
+__all__ = ["Finished", "sequential"]
+
+
+class Finished(NamedTuple):
+    """What a progress callback is told: group `number` of `total` is done.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> params, batches = {"w": jnp.eye(4)}, [jnp.ones((2, 4))]
+    >>> new = jc.quantize.gptq(
+    ...     lambda p, x: x @ p["w"], params, batches, {"w": jc.quantize.int4()}, progress=print
+    ... )
+    Finished(number=1, total=1, layers=('w',))
+    """
+
+    number: int
+    total: int
+    layers: tuple[str, ...]
+
+
+def sequential(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    wanted: Collection[str],
+    statistic: Statistic,
+    solve: Callable[..., Any],
+    *,
+    identity: Any,
+    resume: str | Path | None = None,
+    progress: Callable[[Finished], Any] | None = None,
+    skip_unmet: bool = False,
+) -> Any:
+    """Replaces the leaves at `wanted` one group of layers after the other.
+
+    The statistic of a group is that of the activations behind the groups already
+    replaced. The activations of all batches between two layers are kept, the statistics
+    and the work of one group only.
+
+    Args:
+      fn, params, batches: as everywhere; batches of one shape, read once.
+      wanted: paths of leaves that are multiplied with something.
+      statistic: of the activations that enter each layer.
+      solve: `solve(path, row, leaf, observed)` makes the new leaf; of stacked layers it
+        gets one at a time, `row` says which (None otherwise).
+      identity: what, beside params and batches, decides the result: text of it tells one
+        run from another in the folder `resume`.
+      resume: a folder where each finished group is kept; a run that is started again with
+        the same arguments goes on from there.
+      progress: called with a `Finished` after each group.
+      skip_unmet: leave a leaf that is multiplied with nothing as it is, do not raise.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there are no batches to learn from")
+    _refuse_other_shapes(batches)
+    program = trace(fn, params, batches[0], wanted)
+    unmet = sorted(set(wanted) - {path for path, _ in program.products})
+    if unmet and not skip_unmet:
+        raise ValueError(
+            f"{unmet[0]!r} meets no product in the function, so nothing can be learnt about the "
+            "activations that it sees; leave it out of the rules"
+        )
+    store = None if resume is None else _Store(Path(resume), [identity, params, batches])
+    values = [[x for x in jax.tree.leaves(b) if is_array(x)] for b in batches]
+    del batches
+    leaves = _unstacked(program, params)
+    for g, group in enumerate(program.groups):
+        units, segment = program.segment(g)
+        names = [name_of(u) for u in group]
+        part = {name_of(u): leaves[name_of(u)] for u in units}
+        done = store.read(g) if store is not None else None
+        if done is None:
+            rules = [re.escape(name) for name in names]
+            seen = calibrate(segment, part, values, statistic, rules=rules)
+            done = {
+                name_of((path, row)): solve(
+                    path, row, leaves[name_of((path, row))], seen[name_of((path, row))]
+                )
+                for path, row in group
+            }
+            jax.block_until_ready(done)
+            del seen
+            if store is not None:
+                store.write(g, done)
+        leaves |= done
+        if g + 1 < len(program.groups):
+            run = jax.jit(accelerate(segment))
+            values = [run(part | done, v) for v in values]
+        if progress is not None:
+            progress(Finished(g + 1, len(program.groups), tuple(names)))
+    return _restacked(program, params, leaves, wanted)
+
+
+def _refuse_other_shapes(batches: list[Any]) -> None:
+    shapes = [jax.tree.map(lambda x: (np.shape(x), getattr(x, "dtype", x)), b) for b in batches]
+    for i, found in enumerate(shapes):
+        if found != shapes[0]:
+            raise ValueError(
+                f"batches must have one shape; batch {i} has {found}, the first {shapes[0]}"
+            )
+
+
+def _unstacked(program: Program, params: Any) -> dict[str, Any]:
+    """Every array by the name of its unit."""
+    arrays = dict(leaves_with_paths(params))
+    return {
+        name_of((path, row)): arrays[path] if row is None else jnp.asarray(arrays[path])[row]
+        for path, row in program.units
+    }
+
+
+def _restacked(
+    program: Program, params: Any, leaves: dict[str, Any], wanted: Collection[str]
+) -> Any:
+    def whole(path: str, old: Any) -> Any:
+        if path not in wanted:
+            return old
+        if path not in program.scanned:
+            return leaves[path]
+        rows = [leaves[name_of((path, i))] for i in range(program.scanned[path])]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *rows)
+
+    return rebuild(params, [whole(path, old) for path, old in leaves_with_paths(params)])
+
+
+class _Store:
+    """A folder with a file for each finished group, of one run only."""
+
+    def __init__(self, folder: Path, identity: list[Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        file, mine = folder / "run.json", {"run": _digest(identity)}
+        if not file.exists():
+            file.write_text(json.dumps(mine) + "\n")
+        elif json.loads(file.read_text()) != mine:
+            raise ValueError(
+                f"{folder} holds layers of a run with other weights, batches, rules or options; "
+                "give another folder, or empty this one"
+            )
+
+    def _file(self, g: int) -> Path:
+        return self.folder / f"{g:05}.safetensors"
+
+    def read(self, g: int) -> dict[str, Any] | None:
+        file = self._file(g)
+        if not file.exists():
+            return None
+        loaded = io.load(file)
+        # Its keys are numbers, because a path may hold what a file's path must not.
+        names = json.loads(file.with_suffix(".json").read_text())
+        return {name: loaded[str(i)] for i, name in enumerate(names)}
+
+    def write(self, g: int, done: dict[str, Any]) -> None:
+        file = self._file(g)
+        file.with_suffix(".json").write_text(json.dumps(list(done)))
+        # Last, and at once or not at all: it says that the group is finished.
+        io.save(file, {str(i): leaf for i, leaf in enumerate(done.values())})
+
+
+def _digest(identity: list[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(identity, is_leaf=is_compressed):
+        for part in jax.tree.leaves(leaf):
+            if is_array(part):
+                array = np.asarray(part)
+                digest.update(f"{array.dtype}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).tobytes())
+            else:
+                digest.update(repr(part).encode())
+    return digest.hexdigest()

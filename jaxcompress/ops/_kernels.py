@@ -1,0 +1,199 @@
+"""What every kernel of a device needs around it: which chip, `vmap`, and sharding.
+
+A kernel takes arrays of three dimensions, a batch first. Letters name them: `b m k` for
+activations, `b k n` for weights, `b m n` for the result.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+__all__ = ["CHIPS", "call_kernel", "chip", "no_pallas_tpu", "no_triton", "not_cut"]
+
+# What the kernels are compiled for in every run of the checks, as `chip` names it.
+CHIPS = {
+    "tpu": ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"),
+    "cuda": ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0"),
+    "rocm": ("gfx90a", "gfx942", "gfx950"),
+}
+_RESULT = "bmn"
+
+
+@functools.cache
+def chip(platform: str) -> str | None:
+    """The TPU's kind or the GPU's compute capability; None if this process has none."""
+    backend = "tpu" if platform == "tpu" else "gpu"
+    if jax.default_backend() != backend:
+        return None
+    device = jax.devices()[0]
+    if platform == "tpu":
+        return device.device_kind
+    is_amd = device.compute_capability.startswith("gfx")
+    return device.compute_capability.split(":")[0] if is_amd == (platform == "rocm") else None
+
+
+def no_pallas_tpu(platform: str) -> str | None:
+    """Why Pallas' kernels for TPUs cannot run there."""
+    return "it is for TPUs" if platform != "tpu" else _unknown(platform)
+
+
+def no_triton(platform: str) -> str | None:
+    """Why Triton's kernels cannot run there."""
+    if platform not in ("cuda", "rocm"):
+        return "it is for GPUs"
+    if not _has_jax_triton():
+        return "jax_triton is not installed"
+    if chip(platform) is None:
+        return "it is compiled for the GPU at hand, and there is none"
+    return _unknown(platform)
+
+
+def not_cut(platform: str) -> str | None:
+    """Why a kernel should not be taken among several TPUs: XLA does not cut it over them."""
+    types = jax.sharding.get_abstract_mesh().axis_types
+    if platform != "tpu" or chip("tpu") is None or jax.device_count() == 1:
+        return None
+    if AxisType.Explicit in types or AxisType.Manual in types:
+        return None
+    return "XLA cannot cut it over several TPUs; it needs shard_map or a mesh of explicit axes"
+
+
+def _unknown(platform: str) -> str | None:
+    here = chip(platform)
+    if here is None or here in CHIPS[platform]:
+        return None
+    return f"it is proven for {', '.join(CHIPS[platform])}, not for {here}"
+
+
+@functools.cache
+def _has_jax_triton() -> bool:
+    return importlib.util.find_spec("jax_triton") is not None
+
+
+def call_kernel(
+    kernel: Callable[..., jax.Array],
+    letters: Sequence[str],
+    *operands: jax.Array | None,
+    is_cut: bool = True,
+) -> jax.Array:
+    """`kernel(*operands)`, which `vmap` turns into more rows or a larger batch.
+
+    Over several devices, each has its rows and columns; `k` is gathered. `is_cut` says
+    whether XLA may see to that where axes are not explicit: libtpu has no means to.
+    """
+    there = [i for i, operand in enumerate(operands) if operand is not None]
+    names = [letters[i] for i in there]
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        given = dict(zip(there, arrays))
+        return _vary(kernel(*(given.get(i) for i in range(len(operands)))), *arrays)
+
+    explicit = _explicit_mesh(*(operands[i] for i in there))
+    if explicit:
+        mapped = custom_vmap(_mapped(run, names, explicit))
+    else:
+        mapped = custom_vmap(_partitioned(run, names) if is_cut else run)
+
+    @mapped.def_vmap
+    def rule(size, is_batched, *arrays):
+        spread = [
+            a if batched else jnp.broadcast_to(a, (size, *a.shape))
+            for a, batched in zip(arrays, is_batched)
+        ]
+        b, m = arrays[0].shape[-3:-1]
+        per_weight = any(batched for batched, name in zip(is_batched, names) if "m" not in name)
+        if b == 1 and not per_weight:  # one weight for all: more rows
+            rows = [
+                s.reshape(1, size * m, s.shape[-1]) if "m" in name else a
+                for s, a, name in zip(spread, arrays, names)
+            ]
+            out = call_kernel(run, names, *rows, is_cut=is_cut)
+        else:
+            folded = (s.reshape(-1, *s.shape[2:]) for s in spread)
+            out = call_kernel(run, names, *folded, is_cut=is_cut)
+        return out.reshape(size, b, m, out.shape[-1]), True
+
+    return mapped(*(operands[i] for i in there))
+
+
+def _partitioned(run: Callable[..., jax.Array], names: Sequence[str]) -> Callable[..., jax.Array]:
+    """`run`, which XLA may cut along `b`, `m` and `n`."""
+    call = custom_partitioning(run)
+
+    def partition(mesh, operands, result):
+        axes = dict(zip(_RESULT, _spec(result.sharding)))
+        place = lambda name: NamedSharding(mesh, P(*(axes.get(letter) for letter in name)))
+        return mesh, run, place(_RESULT), tuple(place(name) for name in names)
+
+    def infer(mesh, operands, result):
+        axes = _axes(names, operands)
+        return NamedSharding(mesh, P(*(axes.get(letter) for letter in _RESULT)))
+
+    whole = dict.fromkeys(c for c in "".join(names) if c not in _RESULT + "1")
+    words = [" ".join(f"one{i}" if c == "1" else c for c in name) for i, name in enumerate(names)]
+    call.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"{', '.join(words)} -> {' '.join(_RESULT)}",
+        need_replication_factors=tuple(whole),
+    )
+    return call
+
+
+def _mapped(run: Callable[..., jax.Array], names: Sequence[str], mesh: Any) -> Callable[..., Any]:
+    """The same on a mesh of explicit axes, where the types say how everything is cut."""
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        axes = _axes(names, [jax.typeof(a) for a in arrays])
+        place = lambda name: P(*(axes.get(letter) for letter in name))
+        cut = [
+            jax.sharding.reshard(a, NamedSharding(mesh, place(n))) for a, n in zip(arrays, names)
+        ]
+        return jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=tuple(map(place, names)),
+            out_specs=place(_RESULT),
+            axis_names={
+                n for n, t in zip(mesh.axis_names, mesh.axis_types) if t == AxisType.Explicit
+            },
+        )(*cut)
+
+    return call
+
+
+def _explicit_mesh(*arrays: Any) -> Any:
+    """The mesh with explicit axes that any of the arrays lies on, or None."""
+    meshes = [jax.typeof(a).sharding.mesh for a in arrays]
+    return next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+
+
+def _axes(names: Sequence[str], arrays: Sequence[Any]) -> dict[str, Any]:
+    """The mesh axes along which `b`, `m` and `n` are cut already; none of them twice."""
+    axes: dict[str, Any] = {}
+    for name, array in zip(names, arrays):
+        for letter, axis in zip(name, _spec(array.sharding)):
+            if letter in _RESULT and axis is not None and axis not in axes.values():
+                axes.setdefault(letter, axis)
+    return axes
+
+
+def _spec(sharding: Any) -> tuple[Any, ...]:
+    """The mesh axes of the three dimensions."""
+    return (*sharding.spec, None, None, None)[:3]
+
+
+def _vary(out: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """Within `shard_map`, as varying as all the operands; Triton's calls do not say so."""
+    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
+    missing = tuple(axes - jax.typeof(out).mat.varying)
+    return lax.pcast(out, missing, to="varying") if missing else out

@@ -1,0 +1,211 @@
+"""The call of the native library as one JAX primitive: mapped, sharded, exported.
+
+Operands are `x[b, m, k]`, the weight's bytes with the same leading `b`, and for a scaled
+product `scale[b, g, n]`, `zero[b, g, n]` and `x_scale[b, 1, 1]`, the last two only if the
+call has them. The result is `[b, m, n]`.
+
+A batch that only `x` has becomes rows; a weight is not copied for it. Sharded over devices,
+each computes its rows, columns and batches, and `k` is gathered. A program that is exported
+has to run where there is no native library, so there the primitive is what `otherwise` says:
+the same product by XLA.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+__all__ = ["COLUMN_MAJOR", "PANELS", "ROW_MAJOR", "Call", "native_matmul"]
+
+PANELS, ROW_MAJOR, COLUMN_MAJOR = 0, 1, 2  # as in matmul.h
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What is static about a call; `integers` is the exact product of int8 rows."""
+
+    integers: bool
+    layout: int
+    path: str
+    bits: int = 8
+    group_size: int | None = None
+    digits: int = 1
+    high: int = 127
+    has_zero: bool = False
+    has_x_scale: bool = False
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(jnp.int32 if self.integers else jnp.float32)
+
+    def columns(self, *operands: Any) -> int:
+        """`n`, as far as an operand says it: panels are filled up to a multiple of 16."""
+        w_shape = operands[1].shape
+        if not self.integers:
+            return operands[2].shape[-1]
+        return w_shape[1] if self.layout == COLUMN_MAJOR else w_shape[-1]
+
+
+def native_matmul(call: Call, otherwise: Callable[..., jax.Array], *operands: Any) -> jax.Array:
+    """The product; `otherwise(*operands)` is what an exported program does instead.
+
+    `otherwise` has to be hashable by value.
+    """
+    axes = frozenset().union(*map(_varying, operands))
+    return _mapped(call, otherwise)(*(_vary(a, axes - _varying(a)) for a in operands))
+
+
+def _varying(array: Any) -> frozenset:
+    """The axes of a surrounding `shard_map` over which an array differs."""
+    kind = jax.typeof(array)
+    # Of two names, the one that this version of JAX has.
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def _vary(array: Any, axes: frozenset) -> Any:
+    return lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+
+
+_matmul_p = Primitive("native_matmul")
+
+
+@functools.cache
+def _compiled(call, otherwise):
+    return jax.jit(functools.partial(_matmul_p.bind, call=call, otherwise=otherwise))
+
+
+@_matmul_p.def_impl
+def _impl(*operands, call, otherwise):
+    return _compiled(call, otherwise)(*operands)
+
+
+@_matmul_p.def_abstract_eval
+def _abstract(*operands, call, otherwise):
+    x, w, n = operands[0], operands[1], call.columns(*operands)
+    spec = PartitionSpec(x.sharding.spec[0], x.sharding.spec[1], w.sharding.spec[_N[call.layout]])
+    out = x.update(shape=(*x.shape[:2], n), dtype=call.dtype)
+    return out.update(sharding=x.sharding.update(spec=spec), weak_type=False)
+
+
+# Where a weight has its columns.
+_N = {PANELS: 1, ROW_MAJOR: 2, COLUMN_MAJOR: 1}
+
+
+def _lower(ctx, *operands, call, otherwise):
+    if ctx.module_context.lowering_parameters.for_export:
+        return _lower_otherwise(ctx, *operands, call=call, otherwise=otherwise)
+    return mlir.lower_fun(functools.partial(_run, call), multiple_results=False)(ctx, *operands)
+
+
+def _lower_otherwise(ctx, *operands, call, otherwise):
+    return mlir.lower_fun(otherwise, multiple_results=False)(ctx, *operands)
+
+
+mlir.register_lowering(_matmul_p, _lower_otherwise)
+mlir.register_lowering(_matmul_p, _lower, platform="cpu")
+
+
+@functools.cache
+def _mapped(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The primitive with its rule for the partitioner and, around that, its rule for vmap."""
+    run = custom_vmap(_partitioned(call, otherwise))
+
+    @run.def_vmap
+    def _(size, mapped, *operands):
+        again = functools.partial(native_matmul, call, otherwise)
+        x, *others = operands
+        if not any(mapped[1:]):  # more rows; the weight is not repeated
+            b, m, k = x.shape[1:]
+            rows = jnp.moveaxis(x, 0, 1).reshape(b, size * m, k)
+            out = again(rows, *others)
+            return jnp.moveaxis(out.reshape(b, size, m, out.shape[-1]), 1, 0), True
+        whole = (
+            a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
+            for a, is_mapped in zip(operands, mapped)
+        )
+        out = again(*(a.reshape(size * a.shape[1], *a.shape[2:]) for a in whole))
+        return out.reshape(size, out.shape[0] // size, *out.shape[1:]), True
+
+    return run
+
+
+def _run(call: Call, *operands: jax.Array) -> jax.Array:
+    """The foreign call itself."""
+    x, w, *rest = operands
+    b, m, k = x.shape
+    group = k if call.group_size is None else min(call.group_size, k)
+    groups = -(-k // group) if k else 1
+    rows = b * m * call.digits
+    # As Problem::scratch_bytes has it: rows of codes, sums of the groups, scales.
+    sizes = (rows * (-(-k // 64) * 64 + 64), 4 * rows * groups, 4 * b * m)
+    scratch = jax.ShapeDtypeStruct((sum(-(-size // 64) * 64 for size in sizes),), jnp.uint8)
+    out = jax.ShapeDtypeStruct((b, m, call.columns(*operands)), call.dtype)
+    if call.integers:
+        run = jax.ffi.ffi_call("jaxcompress_int8_matmul", (out, scratch))
+        return run(x, w, layout=np.int64(call.layout), path=call.path)[0]
+    scale, *rest = rest
+    zero = rest.pop(0) if call.has_zero else jnp.zeros(0, jnp.int8)
+    x_scale = rest.pop(0) if call.has_x_scale else jnp.zeros(0, jnp.float32)
+    run = jax.ffi.ffi_call("jaxcompress_quantized_matmul", (out, scratch))
+    return run(
+        x,
+        w,
+        scale,
+        zero,
+        x_scale,
+        path=call.path,
+        layout=np.int64(call.layout),
+        bits=np.int64(call.bits),
+        group_size=np.int64(group),
+        digits=np.int64(call.digits),
+        high=np.int64(call.high),
+    )[0]
+
+
+def _partitioned(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Rows, columns and batches may be cut; what is contracted is gathered."""
+    bind = functools.partial(_matmul_p.bind, call=call, otherwise=otherwise)
+    run = custom_partitioning(lambda *operands: bind(*operands))
+
+    def partition(mesh, args, result):
+        batch, m, n = (*result.sharding.spec, None, None, None)[:3]
+        n = n if _cuts(mesh, n, result.shape[-1], call) else None
+        spec = {PANELS: (batch, n, None, None, None), ROW_MAJOR: (batch, None, n)}
+        w = spec.get(call.layout, (batch, n, None))
+        columns = [(batch, None, n)] * (0 if call.integers else 1 + call.has_zero)
+        specs = [(batch, m, None), w, *columns, *[(batch, None, None)] * call.has_x_scale]
+        place = lambda s: NamedSharding(mesh, PartitionSpec(*s))
+        return mesh, bind, place((batch, m, n)), tuple(map(place, specs))
+
+    run.def_partition(partition, sharding_rule=functools.partial(_sharding_rule, call))
+    return run
+
+
+def _cuts(mesh: Any, axes: Any, n: int, call: Call) -> bool:
+    """Whether the columns can be cut: panels only between two of them."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(mesh.shape[name] for name in names)
+    return n % (parts * (16 if call.layout == PANELS else 1)) == 0
+
+
+def _sharding_rule(call, mesh, operand_types, result_types):
+    whole = result_types[0].shape[-1] % 16 == 0
+    columns, panels = "n", "b u q v i"
+    if call.layout == PANELS and whole:
+        columns, panels = "(p c)", "b p q c i"
+    w = {PANELS: panels, ROW_MAJOR: f"b r {columns}", COLUMN_MAJOR: f"b {columns} r"}[call.layout]
+    terms = ["b m k", w]
+    terms += [f"b g {columns}", f"b h {columns}"][: 0 if call.integers else 1 + call.has_zero]
+    terms += ["b s t"] * call.has_x_scale
+    return ", ".join(terms) + f" -> b m {columns}"

@@ -1,0 +1,187 @@
+// The entry points: XLA's buffers in, shapes checked, XLA's own threads.
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "matmul.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxcompress {
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// The caller takes tasks like every other thread, and at the end waits only for tasks that
+// somebody has begun. A thread of the pool that comes too late finds nothing left, so a pool
+// whose threads are all busy, with this very call perhaps, cannot block it.
+struct Shared {
+  std::function<void(size_t)> fn;
+  size_t tasks;
+  std::atomic<size_t> next{0}, done{0};
+
+  void work() {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      fn(i);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+Workers workers_of(ffi::ThreadPool& pool) {
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  return {static_cast<size_t>(threads),
+          [&pool, threads](size_t tasks, const std::function<void(size_t)>& fn) {
+            auto shared = std::make_shared<Shared>();
+            shared->fn = fn;
+            shared->tasks = tasks;
+            for (int64_t i = 1; i < threads && i < static_cast<int64_t>(tasks); ++i) {
+              pool.Schedule([shared] { shared->work(); });
+            }
+            shared->work();
+            while (shared->done.load(std::memory_order_acquire) < tasks) relax();
+          }};
+}
+
+ffi::Error invalid(const std::string& message) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jaxcompress: " + message);
+}
+
+// Everything that would make the loops read or write what is not theirs.
+ffi::Error check(const Problem& p, size_t x_elements, size_t weight_bytes, size_t out_elements,
+                 size_t scratch_bytes) {
+  if (p.bits < 2 || p.bits > 8) return invalid("codes have 2 to 8 bits");
+  if (p.digits != 1 && p.digits != 3 && p.digits != 4) return invalid("1, 3 or 4 digits");
+  if (p.k > 0 && (p.group == 0 || p.group > p.k || (p.group % 4 != 0 && p.group != p.k))) {
+    return invalid("a group is a multiple of 4 codes, or all of them");
+  }
+  if (x_elements != p.batch * p.m * p.k) return invalid("the activations do not have m x k elements");
+  if (out_elements != p.batch * p.m * p.n) return invalid("the result does not have m x n elements");
+  if (weight_bytes != p.batch * p.weight_bytes()) {
+    return invalid("the weights take " + std::to_string(weight_bytes) + " bytes, not " +
+                   std::to_string(p.batch * p.weight_bytes()));
+  }
+  if (scratch_bytes < p.scratch_bytes()) return invalid("the scratch buffer is too small");
+  return ffi::Error::Success();
+}
+
+bool is_byte(ffi::DataType type) { return type == ffi::DataType::S8 || type == ffi::DataType::U8; }
+
+ffi::Error describe(ffi::Span<const int64_t> x, ffi::Span<const int64_t> out, int64_t layout,
+                    Problem* p) {
+  if (x.size() != 3 || out.size() != 3) return invalid("expected x[b, m, k] and a result [b, m, n]");
+  if (layout < 0 || layout > 2) return invalid("there is no such layout");
+  if (x[0] != out[0] || x[1] != out[1]) return invalid("x and the result differ in b or m");
+  p->batch = x[0];
+  p->m = x[1];
+  p->k = x[2];
+  p->n = out[2];
+  p->layout = static_cast<Layout>(layout);
+  return ffi::Error::Success();
+}
+
+ffi::Error Int8Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::AnyBuffer w,
+                      ffi::ResultBuffer<ffi::S32> out, ffi::ResultBuffer<ffi::U8> scratch,
+                      int64_t layout, std::string_view path_name) {
+  Problem p{};
+  ffi::Error error = describe(x.dimensions(), out->dimensions(), layout, &p);
+  if (error.failure()) return error;
+  p.bits = 8;
+  p.digits = 1;
+  p.group = p.k;
+  if (!is_byte(w.element_type())) return invalid("the weights are no bytes");
+  error = check(p, x.element_count(), w.element_count(), out->element_count(),
+                scratch->element_count());
+  if (error.failure()) return error;
+  const Path* path = find_path(std::string(path_name).c_str());
+  if (!path) return invalid("this CPU has no path " + std::string(path_name));
+  const Workers workers = workers_of(pool);
+  const Activations codes = lay_out(p, scratch->typed_data());
+  copy_rows(*path, p, x.typed_data(), workers, codes);
+  multiply(*path, p, codes, static_cast<const uint8_t*>(w.untyped_data()), workers,
+           out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+                           ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S8> zero,
+                           ffi::Buffer<ffi::F32> x_scale, ffi::ResultBuffer<ffi::F32> out,
+                           ffi::ResultBuffer<ffi::U8> scratch, int64_t layout, int64_t bits,
+                           int64_t group_size, int64_t digits, int64_t high,
+                           std::string_view path_name) {
+  Problem p{};
+  ffi::Error error = describe(x.dimensions(), out->dimensions(), layout, &p);
+  if (error.failure()) return error;
+  p.bits = static_cast<int>(bits);
+  p.digits = static_cast<int>(digits);
+  p.group = static_cast<size_t>(group_size);
+  if (!is_byte(w.element_type())) return invalid("the weights are no bytes");
+  error = check(p, x.element_count(), w.element_count(), out->element_count(),
+                scratch->element_count());
+  if (error.failure()) return error;
+  const size_t scales = p.batch * p.groups() * p.n;
+  if (scale.element_count() != scales) return invalid("expected a scale a group and column");
+  const bool has_zero = zero.element_count() > 0, given = x_scale.element_count() > 0;
+  if (has_zero && zero.element_count() != scales) return invalid("expected a zero point a scale");
+  if (given && x_scale.element_count() != p.batch) return invalid("expected an activation scale a batch");
+  if (high < 1 || high > 127) return invalid("the largest code of an activation is 1 to 127");
+  const Path* path = find_path(std::string(path_name).c_str());
+  if (!path) return invalid("this CPU has no path " + std::string(path_name));
+  const Workers workers = workers_of(pool);
+  const Activations codes = lay_out(p, scratch->typed_data());
+  quantize_rows(*path, p, x.typed_data(), static_cast<float>(high),
+                given ? x_scale.typed_data() : nullptr, workers, codes);
+  multiply(*path, p, codes, static_cast<const uint8_t*>(w.untyped_data()),
+           Scales{scale.typed_data(), has_zero ? zero.typed_data() : nullptr}, workers,
+           out->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxcompress
+
+// Everything else of the library is hidden.
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_int8_matmul, jaxcompress::Int8Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .Attr<int64_t>("layout")
+                                  .Attr<std::string_view>("path"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_quantized_matmul, jaxcompress::QuantizedMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .Attr<int64_t>("layout")
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("digits")
+                                  .Attr<int64_t>("high")
+                                  .Attr<std::string_view>("path"));
+
+// The name of the path that runs for `name` ("" for the best), or "" if this CPU lacks it.
+extern "C" const char* jaxcompress_path(const char* name) {
+  const jaxcompress::Path* path = jaxcompress::find_path(name);
+  return path ? path->name : "";
+}
+
+#pragma GCC visibility pop

@@ -1,0 +1,186 @@
+// The native code against textbook loops, on every path that this CPU has, without Python or
+// XLA: what the sanitizers run. One line a path; the exit status says whether all agree.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "matmul.h"
+
+namespace jaxcompress {
+namespace {
+
+std::mt19937 generator(1);
+
+int any(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
+
+void fail(const char* what) {
+  std::printf("FAILED: %s\n", what);
+  std::exit(1);
+}
+
+// Exactly as large as it has to be, so that the sanitizer sees one byte too many.
+template <class T>
+std::vector<T> buffer(size_t size) {
+  std::vector<T> out(size);
+  out.shrink_to_fit();
+  return out;
+}
+
+Workers workers() {
+  return {2, [](size_t tasks, const std::function<void(size_t)>& fn) {
+            std::thread other([&] {
+              for (size_t i = 1; i < tasks; i += 2) fn(i);
+            });
+            for (size_t i = 0; i < tasks; i += 2) fn(i);
+            other.join();
+          }};
+}
+
+// Byte (r, c) of weight b's stored matrix, in whichever layout.
+uint8_t* at(const Problem& p, std::vector<uint8_t>& w, size_t b, size_t r, size_t c) {
+  uint8_t* data = w.data() + b * p.weight_bytes();
+  switch (p.layout) {
+    case Layout::kRowMajor: return data + r * p.n + c;
+    case Layout::kColumnMajor: return data + c * p.byte_rows() + r;
+    default: return data + c / 16 * p.panel_bytes() + r / 4 * 64 + c % 16 * 4 + r % 4;
+  }
+}
+
+const std::vector<std::vector<int>> kPlanes = {{}, {}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}};
+
+void store(const Problem& p, std::vector<uint8_t>& w, size_t b, size_t k, size_t n, int code) {
+  if (p.bits == 8) {
+    *at(p, w, b, k, n) = static_cast<uint8_t>(code) ^ (p.layout == Layout::kPanels ? 0x80 : 0);
+    return;
+  }
+  size_t start = k / 64 * 8 * p.bits;
+  int shift = 0;
+  for (int width : kPlanes[p.bits]) {
+    const size_t j = k % 64 % (8 * width), part = k % 64 / (8 * width);
+    const int piece = (code >> shift) & ((1 << width) - 1);
+    *at(p, w, b, start + j, n) |= static_cast<uint8_t>(piece << (part * width));
+    start += 8 * width;
+    shift += width;
+  }
+}
+
+void check_case(const Path& path, Problem p, bool has_zero) {
+  const int low = -(1 << (p.bits - 1)), high = -low - 1;
+  auto codes = buffer<int>(p.batch * p.k * p.n);
+  auto weights = buffer<uint8_t>(p.batch * p.weight_bytes());
+  for (size_t b = 0; b < p.batch; ++b) {
+    for (size_t k = 0; k < p.k; ++k) {
+      for (size_t n = 0; n < p.n; ++n) {
+        const int code = any(low, high);
+        codes[(b * p.k + k) * p.n + n] = code;
+        store(p, weights, b, k, n, code);
+      }
+    }
+  }
+  auto scratch = buffer<uint8_t>(p.scratch_bytes() + 64);
+  uint8_t* start = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
+  const Activations to = lay_out(p, start);
+  const size_t outputs = p.batch * p.m * p.n;
+
+  if (p.bits == 8 && p.digits == 1 && p.group == p.k) {  // integers in, integers out
+    auto x = buffer<int8_t>(p.batch * p.m * p.k);
+    for (auto& v : x) v = static_cast<int8_t>(any(-128, 127));
+    auto out = buffer<int32_t>(outputs);
+    copy_rows(path, p, x.data(), workers(), to);
+    multiply(path, p, to, weights.data(), workers(), out.data());
+    for (size_t i = 0; i < outputs; ++i) {
+      const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
+      int64_t want = 0;
+      for (size_t k = 0; k < p.k; ++k) {
+        want += int64_t{x[row * p.k + k]} * codes[(b * p.k + k) * p.n + n];
+      }
+      if (out[i] != want) fail("an integer sum");
+    }
+  }
+
+  // Whole floats and scales that are powers of two: float sums without a rounding.
+  const size_t scales = p.batch * p.groups() * p.n;
+  auto scale = buffer<float>(scales);
+  auto zero = buffer<int8_t>(has_zero ? scales : 0);
+  for (auto& s : scale) s = std::ldexp(1.0f, any(-2, 2));
+  for (auto& z : zero) z = static_cast<int8_t>(any(low, high));
+  auto x = buffer<float>(p.batch * p.m * p.k);
+  for (auto& v : x) v = static_cast<float>(any(-126, 126));
+  for (size_t row = 0; p.k > 0 && row < p.batch * p.m; ++row) x[row * p.k] = 127.0f;
+  auto out = buffer<float>(outputs);
+  quantize_rows(path, p, x.data(), 127.0f, nullptr, workers(), to);
+  multiply(path, p, to, weights.data(), Scales{scale.data(), has_zero ? zero.data() : nullptr},
+           workers(), out.data());
+  for (size_t i = 0; i < outputs; ++i) {
+    const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
+    double want = 0;
+    for (size_t k = 0; k < p.k; ++k) {
+      const size_t s = (b * p.groups() + k / p.group) * p.n + n;
+      const int code = codes[(b * p.k + k) * p.n + n] - (has_zero ? zero[s] : 0);
+      want += static_cast<double>(x[row * p.k + k]) * code * scale[s];
+    }
+    // 127 * float(1 / 127) may miss 1 by a rounding.
+    if (std::fabs(out[i] - want) > 1e-6 * (1 + std::fabs(want))) fail("a scaled sum");
+  }
+}
+
+void check_path(const Path& path) {
+  const size_t sizes[][4] = {// batch, m, k, n
+                             {1, 1, 1, 1},    {1, 7, 4, 16},   {2, 5, 63, 17},  {1, 13, 64, 64},
+                             {1, 1, 260, 80}, {3, 2, 129, 33}, {1, 101, 70, 5}, {1, 6, 520, 130},
+                             {1, 3, 0, 4},    {1, 0, 8, 8},    {1, 64, 256, 96}};
+  size_t cases = 0;
+  for (const auto& size : sizes) {
+    for (int bits = 2; bits <= 8; ++bits) {
+      for (int layout = 0; layout < 3; ++layout) {
+        for (int digits : {1, 3, 4}) {
+          for (size_t group : {size[2], size_t{4}, size_t{32}, size_t{100}}) {
+            if (group > size[2] || (size[3] > 90 && group == 4)) continue;
+            const Problem p = {size[0], size[1], size[2], size[3], bits, group, digits,
+                               static_cast<Layout>(layout)};
+            check_case(path, p, any(0, 1));
+            ++cases;
+          }
+        }
+      }
+    }
+  }
+  std::printf("%-14s %zu products agree\n", path.name, cases);
+}
+
+void check_quantize(const Path& path) {
+  const float inf = INFINITY, values[] = {0.5f, -1.5f, 2.5f, -3.5f, 127.0f};
+  int8_t codes[4 * 64] = {};
+  if (path.quantize(values, 5, 1, 127.0f, nullptr, codes, 64) != 127.0f * (1.0f / 127.0f)) fail("scale");
+  const int8_t even[] = {0, -2, 2, -4, 127};
+  if (std::memcmp(codes, even, 5)) fail("half to even");
+  for (float bad : {inf, -inf, static_cast<float>(NAN)}) {
+    const float row[] = {1.0f, bad, 2.0f};
+    for (int digits : {1, 4}) {
+      if (!std::isnan(path.quantize(row, 3, digits, 127.0f, nullptr, codes, 64))) fail("not finite");
+      if (codes[0] || codes[1] || codes[2]) fail("codes of what is not finite");
+    }
+  }
+  const float none[] = {0.0f, -0.0f, 1e-42f};
+  if (path.quantize(none, 3, 1, 127.0f, nullptr, codes, 64) != 1.0f) fail("scale of zeros");
+}
+
+}  // namespace
+}  // namespace jaxcompress
+
+int main() {
+  for (const char* name : {"portable", "avx2", "avxvnni", "avx512vnni256", "avx512vnni"}) {
+    const jaxcompress::Path* path = jaxcompress::find_path(name);
+    if (!path) {
+      std::printf("%-14s is not on this CPU\n", name);
+      continue;
+    }
+    jaxcompress::check_quantize(*path);
+    jaxcompress::check_path(*path);
+  }
+}

@@ -1,0 +1,62 @@
+"""The kernels for GPUs in Triton's interpreter; run with TRITON_INTERPRET=1.
+
+Not part of the tests proper, which need no Triton: `tests/kernels/run.py` runs it.
+"""
+
+import numpy as np
+import pytest
+
+from int8_matmul_suite import Int8MatmulSuite
+from jaxcompress.kernels.int8_matmul import triton as int8_kernel
+from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
+from jaxcompress.ops._kernels import CHIPS
+from quantized_matmul_suite import QuantizedMatmulSuite, problem
+from triton_on_numpy import count_loads, triton_call
+
+
+def interpreted(kernel, arrays, options):
+    options = {name: value for name, value in options.items() if value is not None}
+    return np.asarray(kernel(*arrays, interpret=triton_call, **options))
+
+
+class TestInt8Matmul(Int8MatmulSuite):
+    def run(self, *arrays, **options):
+        return interpreted(int8_kernel.int8_matmul, arrays, options)
+
+    def block(self, m, n, k):
+        return int8_kernel.Blocks(64, 128, 256 if k < 2000 else 4096, 4, 2)
+
+
+class TestQuantizedMatmul(QuantizedMatmulSuite):
+    def run(self, *arrays, **options):
+        return interpreted(quantized_kernel.quantized_matmul, arrays, options)
+
+    def block(self, m, n, k):
+        return None  # by the table: which steps it may take depends on the groups
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_few_rows_load_each_byte_of_the_weight_once(bits):
+    """What the roofline assumes. The 1-bit plane of 3 bits is loaded again for each part of
+    a wider byte: eight parts, of which one byte has two at a time."""
+    arrays, *_ = problem(16, 256, 128, bits=bits, group_size=64, zero=False, dtype="bfloat16")
+    run = lambda: quantized_kernel.quantized_matmul(
+        *arrays, bits=bits, group_size=64, interpret=triton_call
+    )
+    loads = count_loads(run, 1).reshape(-1, 8 * bits, 128)
+    wide = 8 * bits if bits in (8, 4, 2) else 16
+    assert np.all(loads[:, :wide] == 1)
+    assert np.all(loads[:, wide:] == 8)
+
+
+def test_the_tables_have_the_chips_that_are_proven():
+    proven = {*CHIPS["cuda"], *CHIPS["rocm"]}
+    assert set(int8_kernel.BLOCKS) == set(quantized_kernel.BLOCKS) == proven
+
+
+@pytest.mark.parametrize("chip", [None, *quantized_kernel.BLOCKS])
+@pytest.mark.parametrize("m", [1, 16, 17, 4096])
+@pytest.mark.parametrize("group", [None, 32, 64, 128, 1024])
+def test_a_step_lies_within_a_group(chip, m, group):
+    tile = quantized_kernel.blocks(m, 4096, 4096, group, chip)
+    assert group is None or group % tile.k == 0

@@ -1,0 +1,51 @@
+"""The checked-in tables of what compilers made of the kernels, and the report of a check."""
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+class Report:
+    """Collects checks; `finish` compares facts with the table and exits with the verdict.
+
+    A check is an op, a backend, a target and a case; one without facts stands for itself.
+    The last line says how many there were, for `run.py` to add up.
+    """
+
+    def __init__(self, table, versions):
+        self.path = HERE / table
+        self.versions = versions
+        self.facts, self.failures, self.count = {}, [], 0
+
+    def check(self, op, backend, target, case, facts=None, wrong=None):
+        self.count += 1
+        name = f"{op} {backend} {target}: {case}"
+        if facts is not None:
+            self.facts[name] = facts
+        if wrong:
+            self.failures.append(f"{name}: {wrong}")
+        print(f"{name:72} {wrong or facts or 'ok'}", flush=True)
+
+    def finish(self):
+        found = {"versions": self.versions, "kernels": self.facts}
+        if "--write" in sys.argv:
+            lines = ",\n".join(
+                f"    {json.dumps(name)}: {json.dumps(facts)}"
+                for name, facts in sorted(self.facts.items())
+            )
+            versions = json.dumps(self.versions)
+            self.path.write_text(
+                f'{{\n  "versions": {versions},\n  "kernels": {{\n{lines}\n  }}\n}}\n'
+            )
+        table = json.loads(self.path.read_text())
+        if table["versions"] != found["versions"]:
+            self.failures.append(f"the table is of {table['versions']}, not {self.versions}")
+        for name in sorted({*table["kernels"], *self.facts}):
+            known, now = table["kernels"].get(name), self.facts.get(name)
+            if known != now:
+                self.failures.append(f"{name}: {now}, where {self.path.name} has {known}")
+        print(*self.failures, sep="\n", end="\n" if self.failures else "")
+        print(f"{self.count} checks, {len(self.failures)} failures")
+        sys.exit(bool(self.failures))

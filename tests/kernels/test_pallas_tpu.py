@@ -1,0 +1,74 @@
+"""The kernels for TPUs in Pallas' interpreter: a TPU's memories and copies, on the CPU.
+
+Reads out of bounds raise there, memory that nobody wrote is NaN, and two cores that
+touch the same memory unordered are found.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from int8_matmul_suite import Int8MatmulSuite
+from jaxcompress.kernels.int8_matmul import pallas_tpu as int8_kernel
+from jaxcompress.kernels.quantized_matmul import pallas_tpu as quantized_kernel
+from jaxcompress.ops._kernels import CHIPS
+from quantized_matmul_suite import QuantizedMatmulSuite
+
+TPU = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_interpreter():
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def interpreted(kernel, arrays, options):
+    options = {name: value for name, value in options.items() if value is not None}
+    run = jax.jit(functools.partial(kernel, interpret=TPU, **options))
+    got = np.asarray(run(*arrays))
+    races = interpret_pallas_call.races  # None where nothing was left to do for a kernel
+    assert races is None or not races.races_found
+    return got
+
+
+class TestInt8Matmul(Int8MatmulSuite):
+    def run(self, *arrays, **options):
+        return interpreted(int8_kernel.int8_matmul, arrays, options)
+
+    def block(self, m, n, k):
+        return (min(m, 64) if m < 1000 else 512), min(n, 128), min(k, 256 if k < 2000 else 32_768)
+
+
+class TestQuantizedMatmul(QuantizedMatmulSuite):
+    dtypes = ("float32", "bfloat16")
+
+    def run(self, *arrays, **options):
+        return interpreted(quantized_kernel.quantized_matmul, arrays, options)
+
+    def block(self, m, n, k):
+        return (min(m, 64) if m < 1000 else 512), min(n, 128), 256
+
+
+def test_the_tables_have_the_chips_that_are_proven():
+    assert set(int8_kernel.BLOCKS) == set(quantized_kernel.BLOCKS) == set(CHIPS["tpu"])
+
+
+@pytest.mark.parametrize("chip", [None, *int8_kernel.BLOCKS])
+@pytest.mark.parametrize("k", [1, 64, 1000, 4096, 11008, 5000])
+def test_blocks_are_tiles_or_whole(chip, k):
+    """A block has full tiles of 32 x 128 (int8) or is the whole of the dimension."""
+    for m, n in ((1, 7), (4096, 4096)):
+        block_m, block_n, block_k = int8_kernel.blocks(m, n, k, chip)
+        assert block_m == m or block_m % 32 == 0
+        assert block_n == n or block_n % 128 == 0
+        assert block_k == k or block_k % 128 == 0
+        assert block_k <= 1024
+        for group in (None, 32, 128, 2048):
+            _, _, block_k = quantized_kernel.blocks(m, n, k, group, chip)
+            assert block_k % 64 == 0
+            assert group is None or block_k % group == 0 or group % block_k == 0
+            assert block_k >= k or block_k % 256 == 0

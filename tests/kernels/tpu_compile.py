@@ -1,0 +1,225 @@
+"""Compiles the kernels for four TPUs, without one, and reads the schedules.
+
+python tests/kernels/tpu_compile.py [--write]: libtpu's own compiler takes each kernel for
+each chip or refuses it. Its final schedule says which matrix instruction there is, how
+many bundles the body has, and whether registers went to memory and back. That is evidence
+of the code, not of its speed: nothing runs. `--write` makes expected_tpu.json anew.
+"""
+
+import functools
+import importlib.metadata
+import os
+import re
+import tempfile
+from pathlib import Path
+
+os.environ |= {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+DUMP = tempfile.TemporaryDirectory()
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_llo_text=true"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxcompress as jc
+from expected import Report
+from jaxcompress.kernels.int8_matmul import pallas_tpu as int8_kernel
+from jaxcompress.kernels.quantized_matmul import pallas_tpu as quantized_kernel
+from roofline import of_pallas
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+Shape = jax.ShapeDtypeStruct
+
+
+def int8_case(m, k, n, *, transpose_w=False, zero=False, dtype="bfloat16"):
+    """The arguments and options of `int8_matmul` with both scales."""
+    args = [
+        Shape((1, m, k), jnp.int8),
+        Shape((1, n, k) if transpose_w else (1, k, n), jnp.int8),
+        Shape((1, m, 1), jnp.float32),
+        Shape((1, 1, n), jnp.float32),
+    ]
+    args += [Shape((1, 1, n), jnp.int8)] if zero else []
+    return args, dict(transpose_w=transpose_w, dtype=dtype)
+
+
+def quantized_case(m, k, n, bits, group=None, *, transpose_w=False, zero=False, dtype="bfloat16"):
+    """The arguments and options of `quantized_matmul`."""
+    rows = k if bits == 8 else -(-k // 64) * 8 * bits
+    scales = (1, -(-k // group) if group else 1, n)
+    args = [
+        Shape((1, m, k), dtype),
+        Shape((1, n, rows) if transpose_w else (1, rows, n), jnp.int8 if bits == 8 else jnp.uint8),
+        Shape(scales, jnp.float32),
+    ]
+    args += [Shape(scales, jnp.int8)] if zero else []
+    return args, dict(bits=bits, group_size=group, transpose_w=transpose_w)
+
+
+INT8 = {
+    "4096 x 4096 x 4096": int8_case(4096, 4096, 4096),
+    "1024 x 1000 x 1024, w[n, k], zero points": int8_case(
+        1024, 1000, 1024, transpose_w=True, zero=True, dtype="float32"
+    ),
+    "129 x 5000 x 1000": int8_case(129, 5000, 1000),
+    "1 x 65 x 127": int8_case(1, 65, 127, dtype="float32"),
+}
+QUANTIZED = {
+    "int8, 16 x 4096 x 4096": quantized_case(16, 4096, 4096, 8),
+    "int4 by 128, 16 x 4096 x 4096": quantized_case(16, 4096, 4096, 4, 128),
+    "int3 by 64, 1 x 11008 x 4096": quantized_case(1, 11008, 4096, 3, 64),
+    "int2 by 32, zero points, 16 x 4096 x 4096": quantized_case(16, 4096, 4096, 2, 32, zero=True),
+    "int4 by 128, 1024 x 4096 x 4096": quantized_case(1024, 4096, 4096, 4, 128),
+    "int4 by 32, 129 x 5000 x 1000": quantized_case(129, 5000, 1000, 4, 32),
+    "int6, float32, 7 x 65 x 127": quantized_case(7, 65, 127, 6, zero=True, dtype="float32"),
+    "int8, w[n, k], 16 x 1000 x 1000": quantized_case(16, 1000, 1000, 8, transpose_w=True),
+}
+# What the compiler has to refuse, and a word of its reason.
+REFUSED = {
+    "more fast memory than there is": (
+        int8_kernel.int8_matmul,
+        (int8_case(8192, 8192, 8192)[0], dict(block=(8192, 8192, 512))),
+        "vmem",
+    ),
+    "float16": (
+        quantized_kernel.quantized_matmul,
+        quantized_case(16, 512, 512, 8, dtype="float16"),
+        "f16|float16",
+    ),
+}
+
+
+def compiled(kernel, args, options, device):
+    """The files that the compiler dumped on its way."""
+    sharding = SingleDeviceSharding(device)
+    placed = [Shape(a.shape, a.dtype, sharding=sharding) for a in args]
+    before = set(Path(DUMP.name).iterdir())
+    jax.jit(functools.partial(kernel, chip=device.device_kind, **options)).lower(*placed).compile()
+    return sorted(set(Path(DUMP.name).iterdir()) - before)
+
+
+def schedule(op, files):
+    """The matrix instructions, the bundles, and the spills of the kernel's body."""
+    [bundles] = [f for f in files if re.search(rf"\d-{op}[.\d]*-\d+-final_bundles.txt", f.name)]
+    [usage] = [f for f in files if re.search(rf"\d-{op}[.\d]*-\d+-final_hlo-static", f.name)]
+    kinds = re.findall(r"\bvmatmul[\w.]*?\.(s4|s8|u8|bf16|f32|f8\w*)\b", bundles.read_text())
+    lines = usage.read_text().splitlines()
+    head = [name.strip() for name in lines[1].split(",")]
+    rows = [list(map(int, line.split())) for line in lines[4:] if line.strip()]
+    total = lambda name: sum(row[head.index(name)] for row in rows)
+    return {
+        "matmul": sorted(set(kinds)),
+        "bundles": len(rows),
+        "spills": total("VSTORE:SPILL"),
+        "fills": total("VLOAD:FILL"),
+    }
+
+
+# With rows that are no multiple of 32, XLA stores int8 in tiles of eight, which the kernel
+# has to repack for the matrix units of v5e and v5p.
+MAY_SPILL = {"129 x 5000 x 1000": 32}
+
+
+def verdict(case, facts):
+    if not facts["matmul"]:
+        return f"no matrix instruction: {facts}"
+    if max(facts["spills"], facts["fills"]) > MAY_SPILL.get(case, 0):
+        return f"registers are spilled: {facts}"
+    return None
+
+
+def check_compiles(report, chip, device):
+    for op, kernel, cases in (
+        ("int8_matmul", int8_kernel.int8_matmul, INT8),
+        ("quantized_matmul", quantized_kernel.quantized_matmul, QUANTIZED),
+    ):
+        for case, (args, options) in cases.items():
+            facts = schedule(op, compiled(kernel, args, options, device))
+            report.check(op, "pallas_tpu", chip, case, facts, verdict(case, facts))
+
+
+def check_refusals(report, chip, device):
+    for case, (kernel, (args, options), reason) in REFUSED.items():
+        op = kernel.__name__
+        try:
+            compiled(kernel, args, options, device)
+        except Exception as error:
+            said = re.search(reason, str(error), re.IGNORECASE)
+            wrong = None if said else f"refused for another reason: {str(error)[:200]}"
+        else:
+            wrong = "not refused"
+        report.check(op, "pallas_tpu", chip, f"refused, {case}", wrong=wrong)
+
+
+def check_rooflines(report, chip, device):
+    run = functools.partial(int8_kernel.int8_matmul, chip=device.device_kind, dtype="bfloat16")
+    line = of_pallas(run, INT8["4096 x 4096 x 4096"][0], 2 * 4096**3, chip, "int8")
+    wrong = None if line.intensity > line.ridge else f"bound by memory: {line}"
+    facts = {"operations a byte": round(line.intensity), "ridge": round(line.ridge)}
+    report.check("int8_matmul", "pallas_tpu", chip, "roofline, 4096 x 4096 x 4096", facts, wrong)
+    for case in list(QUANTIZED)[:4]:
+        args, options = QUANTIZED[case]
+        run = functools.partial(
+            quantized_kernel.quantized_matmul, chip=device.device_kind, **options
+        )
+        m, k, n = *args[0].shape[1:], args[2].shape[-1]
+        line = of_pallas(run, args, 2 * m * k * n, chip, "bfloat16")
+        wrong = None if line.moved <= 1.05 * line.least else f"more bytes than needed: {line}"
+        facts = {"bytes": line.moved, "at least": line.least}
+        report.check("quantized_matmul", "pallas_tpu", chip, f"roofline, {case}", facts, wrong)
+
+
+def check_memory(report, chip, device):
+    """The op, which takes the kernel by itself, makes no float weight; XLA's product does."""
+    args, options = QUANTIZED["int4 by 128, 16 x 4096 x 4096"]
+    sharding = SingleDeviceSharding(device)
+    flat = [Shape(a.shape[1:], a.dtype, sharding=sharding) for a in args]
+    facts = {}
+    for name, implementation in (("kernel", None), ("reference", "reference")):
+        run = functools.partial(jc.ops.quantized_matmul, implementation=implementation, **options)
+        memory = jax.jit(run).lower(*flat).compile().memory_analysis()
+        facts[name] = memory.temp_size_in_bytes
+    weight = 2 * 4096 * 4096  # in bfloat16
+    wrong = None if facts["kernel"] < weight / 10 else f"a float weight: {facts}"
+    wrong = wrong if facts["reference"] >= weight else f"XLA makes none either: {facts}"
+    report.check("quantized_matmul", "pallas_tpu", chip, "temporary bytes", facts, wrong)
+
+
+def check_sharded(report):
+    """Rows and columns over four chips: each decodes its own, and gathers nothing."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = Mesh([devices[:2], devices[2:]], ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    place = lambda a, *spec: Shape(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*spec)))
+    args, options = QUANTIZED["int4 by 128, 1024 x 4096 x 4096"]
+    x, w, scale = (Shape(a.shape[1:], a.dtype) for a in args)
+    run = functools.partial(jc.ops.quantized_matmul, implementation="pallas_tpu", **options)
+    program = jax.jit(run).lower(place(x, "x"), place(w, None, "y"), place(scale, None, "y"))
+    text = program.compile().as_text()
+    wrong = "it gathers" if "all-gather" in text else None
+    wrong = wrong if "tpu_custom_call" in text else "the kernel is not there"
+    report.check("quantized_matmul", "pallas_tpu", "v5e", "rows and columns sharded", wrong=wrong)
+
+
+def main():
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    report = Report("expected_tpu.json", versions)
+    for chip, topology in TOPOLOGIES.items():
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        for check in (check_compiles, check_refusals, check_rooflines, check_memory):
+            check(report, chip, described.devices[0])
+    check_sharded(report)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
