@@ -165,9 +165,13 @@ def pkt(
         return kernel / jnp.where(total > 0, total, 1.0), (total[..., 0] > 0).astype(x.dtype)
 
     (q, q_sum), (p, p_sum) = chosen(s), chosen(t)
-    # -p log1p(r) = p (r - log1p(r)) - p r, and what p r adds up to is known but for epsilon:
-    # nothing large is left to cancel where student and teacher agree.
-    terms = p * excess(jnp.log1p((q - p) / (p + epsilon))) + (q - p) * epsilon / (p + epsilon)
+    # With the logarithm l of the ratio 1 + r, -p l = p (r - l) - p r, and what p r adds up to
+    # is known but for epsilon: nothing large is left to cancel where the two agree.
+    r = (q - p) / (p + epsilon)
+    near = jnp.abs(r) < 0.5
+    ratio = jnp.where(near, 1.0, (q + epsilon) / (p + epsilon))  # near -1 r has lost it
+    log_ratio = jnp.where(near, jnp.log1p(jnp.where(near, r, 0.0)), jnp.log(ratio))
+    terms = p * excess(log_ratio) + (q - p) * epsilon / (p + epsilon)
     return jnp.sum(terms, -1) - (q_sum - p_sum)
 
 

@@ -171,6 +171,14 @@ def test_channels_may_lie_anywhere(name):
     assert_close(got, oracle(s, t))
 
 
+def test_pkt_between_opposites():
+    """Probabilities of exactly zero, on either side: only epsilon keeps the loss finite."""
+    line = np.float32([[1.0], [1.0], [-1.0], [2.0]])
+    spread = random(4, 3)
+    for a, b in ((spread, line), (line, spread), (line[[0, 2]], line[[0, 1]])):
+        assert_close(d.pkt(jnp.asarray(a), jnp.asarray(b)), oracles.pkt(a, b))
+
+
 def test_fitnet_projects_along_its_axis():
     s, t = random(BATCH, SMALL, 7), random(BATCH, LARGE, 7, seed=1)
     got = d.fitnet(jnp.asarray(s), jnp.asarray(t), PROJECTOR, axis=1)

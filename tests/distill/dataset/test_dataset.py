@@ -54,6 +54,11 @@ def test_k_centre_leaves_nothing_far_away():
         assert len(set(mine)) == 3
 
 
+def test_choices_are_distinct_where_all_are_alike():
+    for choose in (d.herding, d.k_centre):
+        assert len(set(choose(np.ones((5, 2)), np.zeros(5, int), 4))) == 4
+
+
 def test_choices_say_what_is_wrong():
     with pytest.raises(ValueError, match="from 1 to the 10 examples of class 0; got 11"):
         d.random(LABELS, 11, seed=0)
