@@ -130,11 +130,11 @@ def _mapped(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., ja
             rows = jnp.moveaxis(x, 0, 1).reshape(b, size * m, k)
             out = again(rows, *others)
             return jnp.moveaxis(out.reshape(b, size, m, out.shape[-1]), 1, 0), True
-        operands = [
+        repeated = [
             a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
             for a, is_mapped in zip(operands, mapped)
         ]
-        out = again(*(a.reshape(size * a.shape[1], *a.shape[2:]) for a in operands))
+        out = again(*(a.reshape(size * a.shape[1], *a.shape[2:]) for a in repeated))
         return out.reshape(size, out.shape[0] // size, *out.shape[1:]), True
 
     return run
@@ -161,8 +161,8 @@ def _run(call: Call, *operands: jax.Array) -> jax.Array:
     numbers = dict(
         layout=call.layout, bits=call.bits, group_size=group, digits=call.digits, high=call.high
     )
-    numbers = {name: np.int64(value) for name, value in numbers.items()}
-    return run(x, w, scale, zero, x_scale, path=call.path, **numbers)[0]
+    wide = {name: np.int64(value) for name, value in numbers.items()}
+    return run(x, w, scale, zero, x_scale, path=call.path, **wide)[0]
 
 
 def _partitioned(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -184,7 +184,7 @@ def _partitioned(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..
     return run
 
 
-def _cuts(mesh, axes, n: int, call: Call) -> bool:
+def _cuts(mesh: Any, axes: Any, n: int, call: Call) -> bool:
     """Whether the columns can be cut: panels only between two of them."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     parts = math.prod(mesh.shape[name] for name in names)
