@@ -1,6 +1,7 @@
 """The same linear layer in other libraries: those that are installed, as lists of calls."""
 
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def _onnxruntime(x: Any, weights: list[Any]) -> dict[str, Calls]:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.disable(logging.WARNING)  # its quantizers report every step
     calls: dict[str, Calls] = {name: [] for name in ("f32", "dynamic int8", "int4 g128, int8 sums")}
     run = lambda session: lambda: session.run(None, {"x": x})
     for w in weights:
