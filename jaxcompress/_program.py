@@ -25,7 +25,7 @@ from jaxcompress._accelerate._probe import Log, probe
 from jaxcompress._paths import leaves_with_paths, rebuild
 from jaxcompress._quax import scan_sizes
 
-__all__ = ["Program", "Unit", "is_array", "name_of", "trace"]
+__all__ = ["Program", "Unit", "is_array", "name_of", "step", "trace"]
 
 Unit = tuple[str, int | None]  # the path of a leaf, and which of its stacked layers
 
@@ -62,10 +62,16 @@ class Program:
     cuts: list[int]
     live: list[list[Var]]
 
-    def segment(self, g: int) -> tuple[list[Unit], Callable[[Any, Any], Any]]:
-        """Units and `run(leaves, values)` from cut `g` to the next, `leaves` by name."""
-        inside = range(self.cuts[g], self.cuts[g + 1])
-        outs = self.live[g + 1]
+    def segment(
+        self, g: int, outs: Sequence[Var] | None = None
+    ) -> tuple[list[Unit], Callable[[Any, Any], Any]]:
+        """Units and `run(leaves, values)` from cut `g` to the next, `leaves` by name.
+
+        `outs` are the values to return, from anywhere behind cut `g`, instead of those
+        that cross the next one.
+        """
+        inside = range(self.cuts[g], self.cuts[g + 1] if outs is None else self.cuts[-1])
+        outs = self.live[g + 1] if outs is None else outs
         eqns = self.needed(outs, inside)
         used = {v for eqn in eqns for v in _variables(eqn)}
         slots = dict(zip(self.units, self.jaxpr.invars))
@@ -115,8 +121,7 @@ def trace(
 
     traced = jax.make_jaxpr(call)(shapes, batch_arrays)
     paths = sorted(shapes)  # the order of a dict's leaves
-    by_var = {v: path for v, path in zip(traced.jaxpr.invars, paths) if path in wanted}
-    scanned = _scanned(traced.jaxpr, by_var)
+    scanned = _scanned(traced.jaxpr, dict(zip(traced.jaxpr.invars, paths)))
     units: list[Unit] = []
     for path in paths:
         units += [(path, i) for i in range(scanned[path])] if path in scanned else [(path, None)]
@@ -200,7 +205,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         elif eqn.primitive is scan_p and any(isinstance(v, _Rows) for v in values):
             outs = _unrolled(eqn, values)
         else:
-            outs = _step(eqn)(*map(_whole, values))
+            outs = step(eqn)(*map(_whole, values))
         env.update(zip(eqn.outvars, outs))
     return [_whole(read(v)) for v in jaxpr.outvars]
 
@@ -230,7 +235,7 @@ def _function(
     return jaxpr_as_fun(ClosedJaxpr(Jaxpr([], invars, outvars, eqns, effects), ()))
 
 
-def _step(eqn: JaxprEqn) -> Callable[..., list[Any]]:
+def step(eqn: JaxprEqn) -> Callable[..., list[Any]]:
     """One equation as a function of all of its inputs, literals included."""
     invars = [Var(v.aval) if isinstance(v, Literal) else v for v in eqn.invars]
     run = _function(list(dict.fromkeys(invars)), eqn.outvars, [eqn.replace(invars=[*invars])])
@@ -255,7 +260,7 @@ def _products(
         for i, eqn in enumerate(program.jaxpr.eqns):
             before = len(log.meetings)
             inputs = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            env.update(zip(eqn.outvars, _step(eqn)(*inputs)))
+            env.update(zip(eqn.outvars, step(eqn)(*inputs)))
             for meeting in log.meetings[before:]:
                 if meeting.contract and not meeting.lookup:
                     found.setdefault(by_name[meeting.path], []).append(i)
