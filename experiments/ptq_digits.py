@@ -18,6 +18,8 @@ ptq_digits.png to --out (default report/ptq_digits).
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable
@@ -175,6 +177,7 @@ def run(options: argparse.Namespace, out: Path) -> dict[str, Any]:
                 advance()
     record = {
         "environment": environment(list(seeds)),
+        "qwix": importlib.metadata.version("qwix") if importlib.util.find_spec("qwix") else None,
         "data": "the 1,797 digits of scikit-learn, 8x8: 1,437 train, 360 test",
         "dense_accuracy": dense,
         "rows": [
