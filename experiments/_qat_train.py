@@ -1,4 +1,4 @@
-"""Training for qat_fashion: all seeds at once, one compiled epoch."""
+"""Training for qat_fashion: one compiled epoch, of a network's seeds at once or in turn."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,6 @@ from jaxcompress.arrays import Activation, IntType, OddType
 from jaxcompress.quantize import Spec
 
 BATCH = 200
-METHODS = ("ste", "lsq", "pact", "dorefa")
 
 
 class _Net(nn.Module):
@@ -29,7 +28,28 @@ class _Net(nn.Module):
         return nn.Dense(10)(x)
 
 
-net = _Net()
+class _ConvNet(nn.Module):
+    """Two convolutions of 16 and 32 channels, each followed by a pooling, and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, 28, 28, 1)
+        for width in (16, 32):
+            x = nn.max_pool(nn.relu(nn.Conv(width, (3, 3))(x)), (2, 2), (2, 2))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class Network(NamedTuple):
+    """A model, the path of the layer that sees the image, and those of the others."""
+
+    model: nn.Module
+    first: str
+    others: str
+    at_once: bool  # all seeds in one program: convolutions of many kernels are slow on a CPU
+
+
+LENET = Network(_Net(), "params/Dense_0/kernel", "params/Dense_[12]/kernel", True)
+CNN = Network(_ConvNet(), "params/Conv_0/kernel", "params/(Conv_1|Dense_0)/kernel", False)
 
 
 class Fit(NamedTuple):
@@ -50,6 +70,7 @@ def fit(
     keys: jax.Array,
     epochs: int,
     advance: Callable[[], None],
+    at_once: bool,
 ) -> Fit:
     """Trains every seed; `params` and `keys` have a leading axis for them."""
     x, y = jnp.asarray(data.train.x), jnp.asarray(data.train.y)
@@ -73,42 +94,62 @@ def fit(
         (params, state), values = jax.lax.scan(step, (params, state), order)
         return params, state, values.mean(), (apply(params, vx).argmax(-1) == vy).mean()
 
-    params = jax.tree.map(jnp.copy, params)  # the epoch overwrites what it is given
-    state = jax.vmap(tx.init)(params)
     every = jax.jit(
         jax.vmap(epoch, in_axes=(0, 0, 0, None, None, None, None)), donate_argnums=(0, 1)
     )
     begin = time.perf_counter()
-    run = every.lower(params, state, keys, x, y, vx, vy).compile()
-    compiled = time.perf_counter()
-    losses, accuracies = [], []
-    for i in range(epochs):
-        epoch_keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
-        params, state, loss, accuracy = run(params, state, epoch_keys, x, y, vx, vy)
-        losses.append(np.asarray(loss))
-        accuracies.append(np.asarray(accuracy))
-        advance()
-    done = time.perf_counter()
-    return Fit(params, np.stack(losses), np.stack(accuracies), done - compiled, compiled - begin)
-
-
-def fit_float(data: Dataset, keys: jax.Array, epochs: int, advance: Callable[[], None]) -> Fit:
-    params = jax.vmap(lambda k: net.init(jax.random.fold_in(k, 1 << 20), data.train.x[:1]))(keys)
-    return fit(
-        net.apply, params, optax.adam(cosine(1e-3, epochs, data)), data, keys, epochs, advance
+    width = len(keys) if at_once else 1
+    start = lambda seed: jax.tree.map(lambda leaf: leaf[seed : seed + width].copy(), params)
+    shapes = jax.eval_shape(start, 0)
+    lowered = every.lower(
+        shapes, jax.eval_shape(jax.vmap(tx.init), shapes), keys[:width], x, y, vx, vy
     )
+    run = lowered.compile()
+    compiled = time.perf_counter()
+    done: list[Any] = []
+    curves: list[Any] = []
+    for seed in range(0, len(keys), width):
+        found = start(seed)  # the epoch overwrites what it is given
+        state, curve = jax.vmap(tx.init)(found), []
+        for i in range(epochs):
+            epoch_keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(
+                keys[seed : seed + width]
+            )
+            found, state, *measured = run(found, state, epoch_keys, x, y, vx, vy)
+            curve.append(np.asarray(measured))
+            advance()
+        done.append(found)
+        curves.append(np.stack(curve, 1))  # [loss and accuracy, epochs, seeds]
+    seconds = time.perf_counter() - compiled
+    loss, accuracy = np.concatenate(curves, 2)
+    params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *done)
+    return Fit(params, loss, accuracy, seconds, compiled - begin)
+
+
+def fit_float(
+    network: Network, data: Dataset, keys: jax.Array, epochs: int, advance: Callable[[], None]
+) -> Fit:
+    init, x = network.model.init, data.train.x[:1]
+    params = jax.vmap(lambda k: init(jax.random.fold_in(k, 1 << 20), x))(keys)
+    return fit_longer(network, params, data, keys, epochs, advance, 1e-3)
 
 
 def fit_longer(
-    params: Any, data: Dataset, keys: jax.Array, epochs: int, advance: Callable[[], None]
+    network: Network,
+    params: Any,
+    data: Dataset,
+    keys: jax.Array,
+    epochs: int,
+    advance: Callable[[], None],
+    peak: float = 5e-4,
 ) -> Fit:
     """The float network again, as long as a quantized one: what they are compared with."""
-    return fit(
-        net.apply, params, optax.adam(cosine(5e-4, epochs, data)), data, keys, epochs, advance
-    )
+    tx = optax.adam(cosine(peak, epochs, data))
+    return fit(network.model.apply, params, tx, data, keys, epochs, advance, network.at_once)
 
 
 def fit_quantized(
+    network: Network,
     method: str,
     bits: int,
     params: Any,
@@ -125,8 +166,8 @@ def fit_quantized(
         "pact": jc.quantize.pact,
         "dorefa": jc.quantize.dorefa,
     }[method]
-    static = method in ("lsq", "pact")
-    params = jax.vmap(lambda p, s: prepare(p, rules(bits, static), stats=s))(params, stats)
+    chosen = rules(network, bits, static=method in ("lsq", "pact"))
+    params = jax.vmap(lambda p, s: prepare(p, chosen, stats=s))(params, stats)
     rates = {"weight": 5e-4, "scale": _scale_rate(method)}
     tx = optax.multi_transform(
         {label: optax.adam(cosine(rate, epochs, data)) for label, rate in rates.items()},
@@ -134,10 +175,11 @@ def fit_quantized(
     )
     if bits == 1:
         tx = optax.chain(tx, jc.quantize.clip_weights(1.0))
-    return fit(jc.accelerate(net.apply), params, tx, data, keys, epochs, advance)
+    apply = jc.accelerate(network.model.apply)
+    return fit(apply, params, tx, data, keys, epochs, advance, network.at_once)
 
 
-def rules(bits: int, static: bool) -> dict[str, Spec]:
+def rules(network: Network, bits: int, static: bool) -> dict[str, Spec]:
     """Weights at `bits`; activations after a ReLU too, the image at eight bits.
 
     One bit is for weights only: activations then have eight.
@@ -149,18 +191,19 @@ def rules(bits: int, static: bool) -> dict[str, Spec]:
         return Spec(qtype=weight, act=Activation(kind, per_token=False, static=static))
 
     return {
-        "params/Dense_0/kernel": spec(8),
-        "params/Dense_[12]/kernel": spec(8 if bits == 1 else bits),
+        network.first: spec(8),
+        network.others: spec(8 if bits == 1 else bits),
     }
 
 
-def calibrated(params: Any, data: Dataset, bits: int) -> Any:
+def calibrated(network: Network, params: Any, data: Dataset, bits: int) -> Any:
     """Ranges of the activations of each seed: of least squared error at `bits`."""
     batches = [jnp.asarray(data.train.x[i : i + 500]) for i in range(0, 2000, 500)]
     statistic = jc.statistics.mse(8 if bits == 1 else bits, symmetric=False)
     seeds = jax.tree.leaves(params)[0].shape[0]
+    apply = network.model.apply
     found = [
-        jc.calibrate(net.apply, jax.tree.map(lambda leaf, s=s: leaf[s], params), batches, statistic)
+        jc.calibrate(apply, jax.tree.map(lambda leaf, s=s: leaf[s], params), batches, statistic)
         for s in range(seeds)
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
@@ -168,10 +211,12 @@ def calibrated(params: Any, data: Dataset, bits: int) -> Any:
 
 def right(apply: Callable[..., jax.Array], params: Any, data: Dataset) -> np.ndarray:
     """`[seeds, images]`: which test images each seed has right."""
-    run = jax.jit(jax.vmap(lambda p, x: apply(p, x).argmax(-1), in_axes=(0, None)))
+    run = jax.jit(lambda p, x: apply(p, x).argmax(-1))
     x = jnp.asarray(data.test.x)
-    parts = [np.asarray(run(params, x[i : i + 2000])) for i in range(0, len(x), 2000)]
-    return np.concatenate(parts, 1) == data.test.y
+    seeds = range(jax.tree.leaves(params)[0].shape[0])
+    models = [jax.tree.map(lambda leaf, s=s: leaf[s], params) for s in seeds]
+    parts = [[np.asarray(run(p, x[i : i + 2000])) for i in range(0, len(x), 2000)] for p in models]
+    return np.stack([np.concatenate(part) for part in parts]) == data.test.y
 
 
 def cosine(peak: float, epochs: int, data: Dataset) -> optax.Schedule:

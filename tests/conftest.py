@@ -14,8 +14,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # that they share (oracles, checks) lie next to this file.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import chex
 import hypothesis
 import jax
+import pytest
 
 # The library is for float32 and below; float64 belongs to the oracles, in numpy.
 jax.config.update("jax_enable_x64", False)
@@ -28,3 +30,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _traces_are_counted_anew():
+    """chex counts the traces of a function by where it stands, which a parameter leaves alone."""
+    chex.clear_trace_counter()
