@@ -4,10 +4,12 @@ import os
 import pathlib
 import sys
 
-# Before jax is imported: it reads both once.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+# Before jax is imported: it reads both once. Most of the time goes into compiling small
+# programs; LLVM's optimizations are a fifth of it, and a setting from outside has them back.
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in flags:
+    flags += " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = flags + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Tests are collected with --import-mode=importlib, which leaves sys.path alone; the modules
