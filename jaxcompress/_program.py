@@ -25,7 +25,7 @@ from jaxcompress._accelerate._probe import Log, probe
 from jaxcompress._paths import leaves_with_paths, rebuild
 from jaxcompress._quax import scan_sizes
 
-__all__ = ["Program", "Unit", "is_array", "name_of", "trace"]
+__all__ = ["Program", "Unit", "body_of", "is_array", "name_of", "step", "trace"]
 
 Unit = tuple[str, int | None]  # the path of a leaf, and which of its stacked layers
 
@@ -160,7 +160,8 @@ def _row(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
 
 
-def _body(eqn: JaxprEqn) -> ClosedJaxpr | None:
+def body_of(eqn: JaxprEqn) -> ClosedJaxpr | None:
+    """The body of a call that is nothing else; None of any other equation."""
     inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
     if isinstance(inner, Jaxpr):
         return ClosedJaxpr(inner, ())
@@ -178,7 +179,7 @@ def _scanned(jaxpr: Jaxpr, names: dict[Any, str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for eqn in jaxpr.eqns:
         named = [None if isinstance(v, Literal) else names.get(v) for v in eqn.invars]
-        inner = _body(eqn)
+        inner = body_of(eqn)
         if inner is not None:
             inside = {v: name for v, name in zip(inner.jaxpr.invars, named) if name is not None}
             found |= _scanned(inner.jaxpr, inside)
@@ -194,13 +195,13 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     read = lambda v: v.val if isinstance(v, Literal) else env[v]
     for eqn in jaxpr.eqns:
         values = [read(v) for v in eqn.invars]
-        inner = _body(eqn)
+        inner = body_of(eqn)
         if inner is not None:
             outs = _run(inner.jaxpr, inner.consts, values)
         elif eqn.primitive is scan_p and any(isinstance(v, _Rows) for v in values):
             outs = _unrolled(eqn, values)
         else:
-            outs = _step(eqn)(*map(_whole, values))
+            outs = step(eqn)(*map(_whole, values))
         env.update(zip(eqn.outvars, outs))
     return [_whole(read(v)) for v in jaxpr.outvars]
 
@@ -230,7 +231,7 @@ def _function(
     return jaxpr_as_fun(ClosedJaxpr(Jaxpr([], invars, outvars, eqns, effects), ()))
 
 
-def _step(eqn: JaxprEqn) -> Callable[..., list[Any]]:
+def step(eqn: JaxprEqn) -> Callable[..., list[Any]]:
     """One equation as a function of all of its inputs, literals included."""
     invars = [Var(v.aval) if isinstance(v, Literal) else v for v in eqn.invars]
     run = _function(list(dict.fromkeys(invars)), eqn.outvars, [eqn.replace(invars=[*invars])])
@@ -255,7 +256,7 @@ def _products(
         for i, eqn in enumerate(program.jaxpr.eqns):
             before = len(log.meetings)
             inputs = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            env.update(zip(eqn.outvars, _step(eqn)(*inputs)))
+            env.update(zip(eqn.outvars, step(eqn)(*inputs)))
             for meeting in log.meetings[before:]:
                 if meeting.contract and not meeting.lookup:
                     found.setdefault(by_name[meeting.path], []).append(i)
