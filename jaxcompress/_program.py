@@ -62,10 +62,16 @@ class Program:
     cuts: list[int]
     live: list[list[Var]]
 
-    def segment(self, g: int) -> tuple[list[Unit], Callable[[Any, Any], Any]]:
-        """Units and `run(leaves, values)` from cut `g` to the next, `leaves` by name."""
-        inside = range(self.cuts[g], self.cuts[g + 1])
-        outs = self.live[g + 1]
+    def segment(
+        self, g: int, outs: Sequence[Var] | None = None
+    ) -> tuple[list[Unit], Callable[[Any, Any], Any]]:
+        """Units and `run(leaves, values)` from cut `g` to the next, `leaves` by name.
+
+        `outs` are the values to return, from anywhere behind cut `g`, instead of those
+        that cross the next one.
+        """
+        inside = range(self.cuts[g], self.cuts[g + 1] if outs is None else self.cuts[-1])
+        outs = self.live[g + 1] if outs is None else outs
         eqns = self.needed(outs, inside)
         used = {v for eqn in eqns for v in _variables(eqn)}
         slots = dict(zip(self.units, self.jaxpr.invars))
@@ -115,8 +121,7 @@ def trace(
 
     traced = jax.make_jaxpr(call)(shapes, batch_arrays)
     paths = sorted(shapes)  # the order of a dict's leaves
-    by_var = {v: path for v, path in zip(traced.jaxpr.invars, paths) if path in wanted}
-    scanned = _scanned(traced.jaxpr, by_var)
+    scanned = _scanned(traced.jaxpr, dict(zip(traced.jaxpr.invars, paths)))
     units: list[Unit] = []
     for path in paths:
         units += [(path, i) for i in range(scanned[path])] if path in scanned else [(path, None)]
