@@ -35,7 +35,9 @@ def sparse_linear(x: jax.Array, w: PrepackedSparseArray, dtype: Any) -> jax.Arra
         scale = jnp.broadcast_to(columns.astype(jnp.float32), (*lead, w.n))
     act_scale = w.act_scale
     if act_scale is not None:
-        act_scale = jnp.broadcast_to(act_scale.reshape(*act_scale.shape[: len(lead)], 1, 1), (*lead, 1, 1))
+        act_scale = jnp.broadcast_to(
+            act_scale.reshape(*act_scale.shape[: len(lead)], 1, 1), (*lead, 1, 1)
+        )
     static = _Static(w.act, w.density)
     return _matmul(static, x, w.values, w.places, w.starts, scale, act_scale).astype(dtype)
 

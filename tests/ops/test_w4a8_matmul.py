@@ -113,7 +113,7 @@ def test_explain_and_the_program_agree():
 
 
 def test_one_program_for_two_platforms():
-    """Too small for a kernel: the CPU's product and the reference, side by side."""
+    """Too small for a kernel, which has its own test: the CPU's product and the reference."""
     arrays, options, *_ = problem(k=64, group_size=32)
     fn = jax.jit(functools.partial(w4a8_matmul, **options))
     exported = jax.export.export(fn, platforms=["cpu", "tpu"])(*arrays)
