@@ -26,7 +26,7 @@ from jaxcompress._accelerate._probe import Log, probe
 from jaxcompress._paths import leaves_with_paths, rebuild
 from jaxcompress._quax import scan_sizes
 
-__all__ = ["Program", "Unit", "is_array", "name_of", "step", "trace"]
+__all__ = ["Program", "Unit", "body_of", "is_array", "name_of", "step", "trace"]
 
 Unit = tuple[str, int | None]  # the path of a leaf, and which of its stacked layers
 
@@ -174,7 +174,8 @@ def _row(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
 
 
-def _body(eqn: JaxprEqn) -> ClosedJaxpr | None:
+def body_of(eqn: JaxprEqn) -> ClosedJaxpr | None:
+    """The body of a call that is nothing else; None of any other equation."""
     inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
     if isinstance(inner, Jaxpr):
         return ClosedJaxpr(inner, ())
@@ -192,7 +193,7 @@ def _scanned(jaxpr: Jaxpr, names: dict[Any, str], wanted: Collection[str]) -> di
     found: dict[str, int] = {}
     for eqn in jaxpr.eqns:
         named = [None if isinstance(v, Literal) else names.get(v) for v in eqn.invars]
-        inner = _body(eqn)
+        inner = body_of(eqn)
         if inner is not None:
             inside = {v: name for v, name in zip(inner.jaxpr.invars, named) if name is not None}
             found |= _scanned(inner.jaxpr, inside, wanted)
@@ -210,7 +211,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     read = lambda v: v.val if isinstance(v, Literal) else env[v]
     for eqn in jaxpr.eqns:
         values = [read(v) for v in eqn.invars]
-        inner = _body(eqn)
+        inner = body_of(eqn)
         if inner is not None:
             outs = _run(inner.jaxpr, inner.consts, values)
         elif eqn.primitive is scan_p and any(isinstance(v, _Rows) for v in values):
