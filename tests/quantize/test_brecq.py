@@ -47,7 +47,7 @@ def test_rounds_up_or_down_for_the_block_as_a_whole(symmetric):
     x, dense = np.float64(np.concatenate(batches)), jax.tree.map(np.float64, params)
     run = lambda p: np.maximum(x @ p["a"], 0) @ p["b"]
     error = lambda q: np.linalg.norm(run({n: oracles.dense(q[n]) for n in "ab"}) - run(dense))
-    assert error(new) < 0.8 * error(plain)
+    assert error(new) < 0.9 * error(plain)
 
 
 def test_the_weights_are_the_diagonal_of_the_fisher_information():
@@ -79,7 +79,7 @@ def test_a_loss_says_which_outputs_count():
     seen, unseen = np.split(oracles.dense(new), 2, 1)
     np.testing.assert_array_equal(unseen, plain[:, 4:])
     error = lambda w: np.linalg.norm(np.float64(x) @ (w - half))
-    assert error(seen) < 0.8 * error(unseen)
+    assert error(seen) < 0.9 * error(unseen)
 
 
 class Block(nn.Module):
