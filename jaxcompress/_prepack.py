@@ -5,8 +5,15 @@ from typing import Any
 import jax
 
 from jaxcompress._paths import map_with_paths
-from jaxcompress.arrays import BitmapSparseArray, NMSparseArray, QuantizedArray, ScaledArray
+from jaxcompress.arrays import (
+    BitmapSparseArray,
+    NMSparseArray,
+    QuantizedArray,
+    RotatedArray,
+    ScaledArray,
+)
 from jaxcompress.arrays._prepacked import prepack_array
+from jaxcompress.arrays._quantized import replace
 from jaxcompress.ops._cpu import native_missing
 
 __all__ = ["prepack"]
@@ -45,8 +52,8 @@ def prepack(params: Any) -> Any:
         return params
 
     def one(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, ScaledArray):
-            return ScaledArray(one(path, leaf.array), leaf.scale, path=leaf.path)
+        if isinstance(leaf, (ScaledArray, RotatedArray)):
+            return replace(leaf, array=one(path, leaf.array))
         if isinstance(leaf, (BitmapSparseArray, NMSparseArray)) and leaf.qtype is not None:
             leaf = leaf.expanded()
         if not isinstance(leaf, QuantizedArray) or native_missing():

@@ -9,6 +9,7 @@ from jaxcompress.arrays._nm import NMSparseArray
 from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._rotated import RotatedArray
 from jaxcompress.arrays._scaled import ScaledArray
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "OddType",
     "PrepackedArray",
     "QuantizedArray",
+    "RotatedArray",
     "ScaledArray",
     "TernaryType",
     "is_compressed",

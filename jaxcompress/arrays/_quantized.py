@@ -112,7 +112,7 @@ class QuantizedArray(CompressedArray):
         )
 
 
-def replace(array: Any, **changes: Any) -> Any:
+def replace(array: Any, /, **changes: Any) -> Any:
     """`array` with some fields changed, the others kept."""
     fields = {k: getattr(array, k) for k in array.__dataclass_fields__}
     return type(array)(**{**fields, **changes})
