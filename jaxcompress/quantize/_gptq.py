@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcompress._matrices import Matrices
 from jaxcompress._statistics import second_moment
 from jaxcompress.arrays import QuantizedArray
 from jaxcompress.arrays._fit import Fit
-from jaxcompress.arrays._granularity import expand, reduce_groups
+from jaxcompress.arrays._granularity import Axes, expand, reduce_groups
 from jaxcompress.arrays._qtype import IntType
 from jaxcompress.arrays._quantized import store
 from jaxcompress.arrays._rounding import encode
@@ -135,18 +136,20 @@ def _layer(
     axis, group_size, qtype = (static[name] for name in ("axis", "group_size", "qtype"))
     full, zero = full_scales(w, axis, group_size, qtype)
     spread = lambda part: matrices.split(expand(part, w.shape, axis, group_size))
-    offset = None if zero is None else spread(zero)
     dense = matrices.split(w.astype(jnp.float32))
     best: tuple[jax.Array, jax.Array, jax.Array] | None = None
     for part in _PARTS if search else (1.0,):
         scale = full * part
         codes, errors = _columns(
             dense,
-            spread(scale),
-            offset,
+            scale,
+            zero,
             hessian,
             order,
             u,
+            matrices=matrices,
+            axis=axis,
+            group_size=group_size,
             qtype=qtype,
             block_size=min(block_size, matrices.k),
         )
@@ -182,7 +185,9 @@ def _factored(
     return jax.vmap(one)(hessian)
 
 
-@functools.partial(jax.jit, static_argnames=("qtype", "block_size"))
+@functools.partial(
+    jax.jit, static_argnames=("matrices", "axis", "group_size", "qtype", "block_size")
+)
 def _columns(
     w: jax.Array,
     scale: jax.Array,
@@ -191,10 +196,16 @@ def _columns(
     order: jax.Array,
     u: jax.Array,
     *,
+    matrices: Matrices,
+    axis: Axes,
+    group_size: Axes | None,
     qtype: IntType,
     block_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The codes of `w[batch, k, n]`, given a scale for each, and what each output loses."""
+    """The codes of `w[batch, k, n]`, given its scales, and what each output loses."""
+    # Spread in here: a scale for each weight of a large layer is as much again as the layer.
+    spread = lambda part: matrices.split(expand(part, matrices.shape, axis, group_size))
+    scale, zero = spread(scale), None if zero is None else spread(zero)
 
     def one(
         w: jax.Array,
@@ -255,10 +266,12 @@ def _rounded(
     """The codes of `w[k, n]`, feature by feature; corrections to later blocks wait."""
     k, n = w.shape
     extra = -k % block_size
-    rows = lambda part, fill: jnp.pad(part, ((0, extra), (0, 0)), constant_values=fill)
-    w, scale = rows(w, 0.0), rows(scale, 1.0)
-    zero = None if zero is None else rows(zero.astype(jnp.float32), 0.0)
-    u = jnp.pad(u, ((0, extra), (0, extra))) + jnp.diag(jnp.arange(k + extra) >= k)
+    zero = None if zero is None else zero.astype(jnp.float32)
+    if extra:
+        rows = lambda part, fill: jnp.pad(part, ((0, extra), (0, 0)), constant_values=fill)
+        w, scale = rows(w, 0.0), rows(scale, 1.0)
+        zero = None if zero is None else rows(zero, 0.0)
+        u = jnp.pad(u, ((0, extra), (0, extra))) + jnp.diag(jnp.arange(k + extra) >= k)
     cut = lambda part, start: lax.dynamic_slice_in_dim(part, start, block_size, 0)
 
     def block(b: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -186,12 +186,14 @@ def test_activations_that_are_not_finite_raise():
 
 
 def test_program_does_not_grow_with_the_columns():
+    from jaxcompress._matrices import Matrices
     from jaxcompress.quantize._gptq import _columns
 
     def size(k):
         w, h, order = jnp.zeros((1, k, 4)), jnp.zeros((1, k, k)), jnp.zeros((1, k), int)
-        qtype = jc.arrays.IntType(4)
-        traced = _columns.trace(w, w, None, h, order, h, qtype=qtype, block_size=16)
+        static = dict(matrices=Matrices((k, 4), (-2,), ()), axis=(-2,), group_size=None)
+        static |= dict(qtype=jc.arrays.IntType(4), block_size=16)
+        traced = _columns.trace(w, jnp.ones((1, 4)), None, h, order, h, **static)
         return str(traced.jaxpr).count(" = ")
 
     assert size(64) == size(1024)
