@@ -206,5 +206,5 @@ def large_gptq(size: int) -> dict[str, Any]:
         "size": size,
         "rows": sum(len(x) for x in batches),
         "minutes": (time.perf_counter() - begin) / 60,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }

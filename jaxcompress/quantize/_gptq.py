@@ -24,6 +24,7 @@ from jaxcompress.quantize._specs import Spec
 
 __all__ = ["gptq"]
 
+_OUTPUTS = 1024  # solved at once
 _TRIES = 5  # dampings, each ten times the one before
 _PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the full scales, that are tried
 
@@ -202,7 +203,10 @@ def _columns(
     qtype: IntType,
     block_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The codes of `w[batch, k, n]`, given its scales, and what each output loses."""
+    """The codes of `w[batch, k, n]`, given its scales, and what each output loses.
+
+    Outputs have nothing to do with each other: some after the others take less memory.
+    """
     # Spread in here: a scale for each weight of a large layer is as much again as the layer.
     spread = lambda part: matrices.split(expand(part, matrices.shape, axis, group_size))
     scale, zero = spread(scale), None if zero is None else spread(zero)
@@ -215,11 +219,24 @@ def _columns(
         order: jax.Array,
         u: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        pick = lambda part: None if part is None else part[order]
-        codes = _rounded(w[order], scale[order], pick(zero), u, qtype, block_size)
-        codes = codes[jnp.zeros_like(order).at[order].set(jnp.arange(len(w)))]
-        error = (codes if zero is None else codes - zero.astype(jnp.float32)) * scale - w
-        return codes, jnp.sum(error * lax.dot(hessian, error), 0)
+        n = w.shape[1]
+        width = min(n, _OUTPUTS)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(len(w)))
+
+        def outputs(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+            start = jnp.minimum(i * width, n - width)  # the last ones may be solved twice
+            cut = lambda part: lax.dynamic_slice_in_dim(part, start, width, 1)
+            part, scales = cut(w), cut(scale)
+            zeros = None if zero is None else cut(zero).astype(jnp.float32)
+            pick = None if zeros is None else zeros[order]
+            codes = _rounded(part[order], scales[order], pick, u, qtype, block_size)[back]
+            error = (codes if zeros is None else codes - zeros) * scales - part
+            lost = jnp.sum(error * lax.dot(hessian, error), 0)
+            put = lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, start, -1)
+            return put(state[0], codes), put(state[1], lost)
+
+        empty = jnp.zeros(w.shape, jnp.int8), jnp.zeros(n)
+        return lax.fori_loop(0, -(-n // width), outputs, empty)
 
     return jax.vmap(one)(w, scale, zero, hessian, order, u)
 
@@ -266,7 +283,6 @@ def _rounded(
     """The codes of `w[k, n]`, feature by feature; corrections to later blocks wait."""
     k, n = w.shape
     extra = -k % block_size
-    zero = None if zero is None else zero.astype(jnp.float32)
     if extra:
         rows = lambda part, fill: jnp.pad(part, ((0, extra), (0, 0)), constant_values=fill)
         w, scale = rows(w, 0.0), rows(scale, 1.0)

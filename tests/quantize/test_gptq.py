@@ -9,6 +9,7 @@ import pytest
 import jaxcompress as jc
 import oracles
 from checks import random
+from jaxcompress.quantize import _gptq
 
 model = lambda p, x: x @ p["w"]
 
@@ -64,6 +65,15 @@ def test_is_the_textbook_column_loop(spec):
     q = jc.quantize.gptq(
         model, {"w": jnp.asarray(w)}, [x[:50], x[50:]], {"w": spec}, block_size=16
     )["w"]
+    assert_textbook(q, w, x, 0.01, order=True)
+
+
+def test_outputs_are_solved_some_after_the_others(monkeypatch):
+    """Eleven outputs, four at a time: the last four begin within those before them."""
+    monkeypatch.setattr(_gptq, "_OUTPUTS", 4)
+    x, w = correlated(100, 26), random(26, 11)  # a shape that nothing else has compiled
+    spec = jc.quantize.int3(symmetric=False, group_size=16)
+    q = jc.quantize.gptq(model, {"w": jnp.asarray(w)}, [x], {"w": spec}, block_size=8)["w"]
     assert_textbook(q, w, x, 0.01, order=True)
 
 
