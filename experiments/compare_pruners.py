@@ -1,6 +1,6 @@
 """Pruning in training: what does a mask update at every step cost, and what is it worth?
 
-    python experiments/compare_pruners.py            about MINUTES minutes on two cores
+    python experiments/compare_pruners.py            about 5 minutes on two idle cores
     python experiments/compare_pruners.py --quick    few repeats, one seed
 
 A training step of an MLP, a CNN and a transformer block with Adam, dense and with the mask of the

@@ -1,6 +1,6 @@
 """Quantization beside qwix and aqt: does training cost more, and what is left of a weight?
 
-    python experiments/compare_quantizers.py            about MINUTES minutes on two cores
+    python experiments/compare_quantizers.py            about 8 minutes on two idle cores
     python experiments/compare_quantizers.py --quick    few repeats, no large layer
 
 Training steps of an MLP, a CNN and a transformer block with eight-bit weights and activations,
