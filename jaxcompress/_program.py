@@ -10,6 +10,7 @@ cut keeps only the values that are still needed.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -85,6 +86,14 @@ class Program:
             return run(*constants, *(leaves[name_of(u)] for u in units), *values)
 
         return units, segment
+
+    def joined(self, sizes: Sequence[int]) -> "Program":
+        """The same with runs of this many neighbouring groups made one."""
+        starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        runs = [self.groups[a:b] for a, b in itertools.pairwise(starts)]
+        groups = [[unit for group in run for unit in group] for run in runs]
+        pick = lambda crossing: [crossing[start] for start in starts]
+        return dataclasses.replace(self, groups=groups, cuts=pick(self.cuts), live=pick(self.live))
 
     def needed(self, outs: Collection[Var], inside: range) -> list[JaxprEqn]:
         """The steps of `inside` that lead to `outs`, and steps of any place on constants."""

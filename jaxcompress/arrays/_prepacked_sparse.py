@@ -1,5 +1,6 @@
 """`PrepackedSparseArray`: what an unstructured sparse weight keeps, column by column."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +17,14 @@ from jaxcompress.arrays._prepacked import matrix_of, reshaped
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray, replace
 
-__all__ = ["PrepackedSparseArray", "prepack_sparse", "scatter"]
+__all__ = ["PrepackedSparseArray", "columns_of", "prepack_sparse", "scatter"]
 
+# Columns of a group, as in sparse.h, and the least part of k: 32 rows of 256 fit the first cache.
+GROUP, PART = 64, 256
+# The length of a run is a multiple of this.
+FILL = 4
+# The average length of a run, below which parts are made longer.
+RUN = 16
 # Places are two bytes.
 MAX_K = 65_536
 # Sums of codes are floats, and whole numbers below this are exact.
@@ -30,12 +37,17 @@ FLOATS, INTEGERS, INTEGERS_A16 = 0.4, 0.08, 0.2
 class PrepackedSparseArray(MatrixArray):
     """A `BitmapSparseArray` with the same values in another order; `jaxcompress.prepack` makes it.
 
-    It is the matrix of one product, as a `PrepackedArray` is. Each of its columns is a run:
+    It is the matrix of one product, as a `PrepackedArray` is, in runs: what one column keeps in
+    one part of `k`. The parts of 64 columns follow each other, in each of them the columns, those
+    that keep least first.
 
-    - `values` is `[..., kept]`, the columns one after another: float32, or int8 codes.
-    - `places` is uint16 `[..., kept]`, the index along `k` of each, rising in a run.
-    - `starts` is int32 `[..., n + 1]`: the runs begin and end there. What lies behind the last
-      is padding, where leading indices keep different numbers.
+    - `values` is `[..., size]`, the runs one after another: float32, or int8 codes. Each is
+      filled up to a multiple of four, with zeros.
+    - `places` is uint16 `[..., size]`, the index along `k` of each.
+    - `columns` is uint8 `[..., n * parts]`, which column of its 64 a run is of.
+    - `starts` is int32 `[..., n * parts + 1]`, where each run begins, and the end. What lies
+      behind that is padding, where leading indices keep different numbers.
+    - `part` is the number of indices along `k` of a part, `kept` that of values without filling.
     - `scale` and `act_scale` are those of the matrix, as in a `PrepackedArray`.
     - `core` is the number of axes of the logical shape that the bitmap had as one.
 
@@ -55,6 +67,7 @@ class PrepackedSparseArray(MatrixArray):
     values: Any
     places: Any
     starts: Any
+    columns: Any
     scale: Any = None
     act_scale: Any = None
     qtype: IntType | None = eqx.field(static=True, kw_only=True, default=None)
@@ -63,6 +76,8 @@ class PrepackedSparseArray(MatrixArray):
     dims: tuple[int, ...] = eqx.field(static=True, kw_only=True)
     contracted: int = eqx.field(static=True, kw_only=True)
     transpose_w: bool = eqx.field(static=True, kw_only=True)
+    kept: int = eqx.field(static=True, kw_only=True)
+    part: int = eqx.field(static=True, kw_only=True)
     core: int = eqx.field(static=True, kw_only=True)
     float_dtype: np.dtype = eqx.field(static=True, kw_only=True, default=np.dtype("float32"))
     path: str = eqx.field(static=True, kw_only=True, default="")
@@ -74,11 +89,11 @@ class PrepackedSparseArray(MatrixArray):
     @property
     def density(self) -> float:
         """The share of what is stored."""
-        return self.places.shape[-1] / max(1, math.prod(self.dims))
+        return self.kept / max(1, math.prod(self.dims))
 
     def expanded(self) -> QuantizedArray | jax.Array:
         """The same array with its zeros put back, integers where it is quantized."""
-        dense = scatter(self.values, self.places, self.starts, self.k)
+        dense = scatter(self.values, self.places, self.starts, self.columns, self.k, self.part)
         dense = jnp.swapaxes(dense, -1, -2) if self.transpose_w else dense
         shape = (*self.lead, *self.dims)
         if self.qtype is None:
@@ -135,13 +150,31 @@ class PrepackedSparseArray(MatrixArray):
         )
 
 
-def scatter(values: jax.Array, places: jax.Array, starts: jax.Array, k: int) -> jax.Array:
+def scatter(
+    values: jax.Array,
+    places: jax.Array,
+    starts: jax.Array,
+    columns: jax.Array,
+    k: int,
+    part: int,
+) -> jax.Array:
     """The matrix `[..., k, n]` of runs."""
     if starts.ndim > 1:
-        return jax.vmap(lambda v, p, s: scatter(v, p, s, k))(values, places, starts)
-    n, kept = starts.shape[0] - 1, jnp.arange(values.shape[0])
-    column = jnp.searchsorted(starts[1:], kept, side="right")  # n, out of bounds, for padding
-    return jnp.zeros((k, n), values.dtype).at[places, column].add(values, mode="drop")
+        one = functools.partial(scatter, k=k, part=part)
+        return jax.vmap(one)(values, places, starts, columns)
+    n = columns_of(starts, k, part)
+    parts = -(-k // part)
+    sizes = [min(GROUP, n - first) for first in range(0, n, GROUP)]
+    first = np.repeat(np.arange(len(sizes)) * GROUP, np.array(sizes) * parts)
+    # Behind the last run there is padding: in column n, which there is not.
+    column = jnp.append(columns.astype(jnp.int32) + first, n)
+    run = jnp.searchsorted(starts[1:], jnp.arange(values.shape[0]), side="right")
+    return jnp.zeros((k, n), values.dtype).at[places, column[run]].add(values, mode="drop")
+
+
+def columns_of(starts: jax.Array, k: int, part: int) -> int:
+    """`n`, of which `starts` has one for each part of each column, and one more."""
+    return (starts.shape[-1] - 1) // -(-k // part)
 
 
 def prepack_sparse(
@@ -172,7 +205,10 @@ def prepack_sparse(
         largest = sparse.act.qtype.high * -sparse.qtype.low
         if longest * largest >= EXACT:
             return f"a column keeps {longest} codes, whose sum floats may not hold"
-    runs = _runs(columns)
+    part = PART
+    while part < found.k and share * part < RUN:
+        part *= 2
+    runs = _runs(columns, part)
     return PrepackedSparseArray(
         *map(jnp.asarray, runs),
         **fields,
@@ -181,28 +217,47 @@ def prepack_sparse(
         dims=whole.shape[found.lead :],
         contracted=found.contracted,
         transpose_w=found.transpose_w,
+        kept=int((dense != 0).sum((-1, -2)).max(initial=0)),
+        part=part,
         core=len(sparse.core),
         float_dtype=sparse.float_dtype,
         path=sparse.path,
     )
 
 
-def _runs(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, places and starts of matrices `[..., n, k]`."""
-    *lead, n, k = columns.shape
-    flat = columns.reshape(-1, n, k)
-    counts = (flat != 0).sum(-1)
-    starts = np.zeros((len(flat), n + 1), np.int32)
-    starts[:, 1:] = np.cumsum(counts, -1)
-    kept = int(starts[:, -1].max(initial=0))
-    values = np.zeros((len(flat), kept), flat.dtype)
-    places = np.zeros((len(flat), kept), np.uint16)
-    for i, matrix in enumerate(flat):
-        column, place = np.nonzero(matrix)
-        values[i, : place.size] = matrix[column, place]
-        places[i, : place.size] = place
-    back = lambda a: a.reshape(*lead, a.shape[-1])
-    return back(values), back(places), back(starts)
+def _runs(matrices: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Values, places, starts and columns of matrices `[..., n, k]`."""
+    *lead, n, k = matrices.shape
+    made = [_runs_of(matrix, part) for matrix in matrices.reshape(-1, n, k)]
+    size = max((values.size for values, *_ in made), default=0)
+    pad = lambda a: np.pad(a, (0, size - a.size))
+    rows = [(pad(values), pad(places), *rest) for values, places, *rest in made]
+    return tuple(np.stack(a).reshape(*lead, -1) for a in zip(*rows))
+
+
+def _runs_of(matrix: np.ndarray, part: int) -> tuple[np.ndarray, ...]:
+    """The same of one `[n, k]`."""
+    n, k = matrix.shape
+    values, places, columns, sizes = [], [], [], []
+    for group in range(0, n, GROUP):
+        for first in range(0, k, part):
+            piece = matrix[group : group + GROUP, first : first + part]
+            size = -(-(piece != 0).sum(-1) // FILL) * FILL
+            order = np.argsort(size, kind="stable")
+            # What is kept goes first in each run; zeros of the same column fill it up.
+            place = np.argsort(piece[order] == 0, -1, kind="stable")
+            width = min(piece.shape[-1], int(size.max()))
+            place = np.pad(place[:, :width], ((0, 0), (0, -width % FILL)), mode="edge")
+            value = np.take_along_axis(piece[order], place, -1)
+            value[:, width:] = 0
+            taken = np.arange(place.shape[-1]) < size[order][:, None]
+            values.append(value[taken])
+            places.append((place[taken] + first).astype(np.uint16))
+            columns.append(order.astype(np.uint8))
+            sizes.append(size[order])
+    starts = np.zeros(sum(map(len, sizes)) + 1, np.int32)
+    starts[1:] = np.cumsum(np.concatenate(sizes))
+    return np.concatenate(values), np.concatenate(places), starts, np.concatenate(columns)
 
 
 def _codes(q: QuantizedArray) -> tuple[np.ndarray, Form, dict[str, Any]] | str:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays._prepacked_sparse import PrepackedSparseArray, scatter
+from jaxcompress.arrays._prepacked_sparse import PrepackedSparseArray, columns_of, scatter
 from jaxcompress.arrays._qtype import Activation
 from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
@@ -20,6 +20,7 @@ __all__ = ["plan", "sparse_linear"]
 @dataclasses.dataclass(frozen=True)
 class _Static:
     act: Activation | None
+    part: int
     kept: float  # the share of what is kept, for `explain`
 
 
@@ -38,21 +39,23 @@ def sparse_linear(x: jax.Array, w: PrepackedSparseArray, dtype: Any) -> jax.Arra
         act_scale = jnp.broadcast_to(
             act_scale.reshape(*act_scale.shape[: len(lead)], 1, 1), (*lead, 1, 1)
         )
-    static = _Static(w.act, w.density)
-    return _matmul(static, x, w.values, w.places, w.starts, scale, act_scale).astype(dtype)
+    static = _Static(w.act, w.part, w.density)
+    return _matmul(static, x, w.values, w.places, w.starts, w.columns, scale, act_scale).astype(
+        dtype
+    )
 
 
 def plan(w: PrepackedSparseArray, m: int, dtype: str, platform: str) -> Choice:
     """The implementation that `sparse_linear` takes on `platform`."""
     problem = Problem(m=m, k=w.k, n=w.n, dtype=dtype)
-    return choose(_table(_Static(w.act, w.density)), problem, platform)
+    return choose(_table(_Static(w.act, w.part, w.density)), problem, platform)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static, x, values, places, starts, scale, act_scale):
-    n = starts.shape[-1] - 1
+def _matmul(static, x, values, places, starts, columns, scale, act_scale):
+    n = columns_of(starts, x.shape[-1], static.part)
     problem = Problem(m=x.shape[-2], k=x.shape[-1], n=n, dtype=x.dtype.name)
-    operands = (x, values, places, starts, scale, act_scale)
+    operands = (x, values, places, starts, columns, scale, act_scale)
     return dispatch(_table(static), problem, None, *operands)
 
 
@@ -62,22 +65,25 @@ def _forward(static, *operands):
 
 def _backward(static, operands, g):
     """Straight through the rounding of the activations, as in training."""
-    x, values, places, starts, scale, act_scale = operands
+    x, values, places, starts, columns, scale, act_scale = operands
 
     def run(x, reals, scale, act_scale):
-        return _reference(static, x, reals, places, starts, scale, act_scale)
+        return _reference(static, x, reals, places, starts, columns, scale, act_scale)
 
     reals = values.astype(jnp.float32)
     dx, dvalues, dscale, dact = jax.vjp(run, x, reals, scale, act_scale)[1](g)
     floats = jnp.issubdtype(values.dtype, jnp.floating)
-    return dx, dvalues if floats else None, None, None, dscale, dact
+    return dx, dvalues if floats else None, None, None, None, dscale, dact
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def _reference(static, x, values, places, starts, scale, act_scale):
-    w, x_scale = scatter(values.astype(jnp.float32), places, starts, x.shape[-1]), None
+def _reference(static, x, values, places, starts, columns, scale, act_scale):
+    w, x_scale = (
+        scatter(values.astype(jnp.float32), places, starts, columns, x.shape[-1], static.part),
+        None,
+    )
     if static.act is not None:
         x, x_scale, _ = encode_activations(x, static.act, act_scale)
     # Codes are whole numbers whose sums floats hold exactly.
@@ -87,7 +93,7 @@ def _reference(static, x, values, places, starts, scale, act_scale):
     return out if scale is None else out * scale[..., None, :]
 
 
-def _cpu(static, x, values, places, starts, scale, act_scale):
+def _cpu(static, x, values, places, starts, columns, scale, act_scale):
     from jaxcompress.kernels.sparse_matmul import cpu as kernel
 
     act, x_scale = static.act, act_scale
@@ -98,9 +104,11 @@ def _cpu(static, x, values, places, starts, scale, act_scale):
         values,
         places,
         starts,
+        columns,
         scale,
         x_scale,
         otherwise=_cpu_by_xla(static, scale is not None),
+        part=static.part,
         high=None if act is None else act.qtype.high,
     )
 
@@ -109,14 +117,14 @@ def _cpu(static, x, values, places, starts, scale, act_scale):
 def _cpu_by_xla(static, has_scale):
     """What an exported program does for the native call."""
 
-    def run(x, values, places, starts, *rest):
+    def run(x, values, places, starts, columns, *rest):
         scale = rest[0] if has_scale else None
         x_scale = rest[-1] if len(rest) > has_scale else None
         given = static
         if x_scale is not None:
             act = dataclasses.replace(static.act, per_token=False, static=True)
             given = dataclasses.replace(static, act=act)
-        return _reference(given, x, values, places, starts, scale, x_scale)
+        return _reference(given, x, values, places, starts, columns, scale, x_scale)
 
     return run
 

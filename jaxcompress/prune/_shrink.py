@@ -14,6 +14,7 @@ from jaxcompress._program import is_array
 from jaxcompress.arrays import is_compressed
 from jaxcompress.prune._axes import Frame, follow
 from jaxcompress.prune._axes_rules import Sum
+from jaxcompress.prune._biases import distribute
 from jaxcompress.prune._constants import Known, constants
 from jaxcompress.prune._smaller import Plan, plan_of, run, take
 from jaxcompress.prune._ties import Stay, Ties
@@ -23,7 +24,15 @@ __all__ = ["Removable", "Removal", "removable", "shrink"]
 
 
 class Removal(NamedTuple):
-    """Of one axis of one leaf: its size, how many indices are masked, how many can go."""
+    """Of one axis of one leaf: its size, how many indices are masked, how many can go.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> masks = {"a": jnp.array([[True, False]])}
+    >>> fn = lambda p, x: x @ p["a"]
+    >>> [row] = jc.prune.removable(fn, {"a": jnp.ones((1, 2))}, masks, jnp.ones((1, 1)))
+    >>> row.path, row.axis, row.masked, row.removed, row.why
+    ('a', -1, 1, 0, 'the function returns it')
+    """
 
     path: str
     axis: int
@@ -34,7 +43,15 @@ class Removal(NamedTuple):
 
 
 class Removable(tuple[Removal, ...]):
-    """The rows of `removable`, one `Removal` each; prints as a table."""
+    """The rows of `removable`, one `Removal` each; prints as a table.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 1))}
+    >>> masks = {"a": jnp.array([[True, False]] * 2), "b": jnp.ones((2, 1), bool)}
+    >>> rows = jc.prune.removable(lambda p, x: x @ p["a"] @ p["b"], params, masks, jnp.ones((1, 2)))
+    >>> {(row.path, row.axis): row.removed for row in rows}
+    {('a', -1): 1, ('b', -2): 1}
+    """
 
     def __str__(self) -> str:
         head = ("path", "axis", "size", "masked", "removed", "why the rest stays")
@@ -57,9 +74,10 @@ def shrink(
     `fn` is traced. Its operations say which axes of which leaves shrink together, through
     residual sums, concatenation, reshapes, normalization, attention heads and grouped
     convolutions; names say nothing. A channel can go where it is a constant for every
-    input once the masks are applied, and what a constant other than zero adds to the next
-    layer (an activation of a bias, say) is added there. Where a channel cannot go it
-    stays, masked; `removable` says why. So that, up to float rounding,
+    input once the masks are applied. What a constant other than zero adds to the next
+    layer (an activation of a bias, say) is added to that layer's bias, or if it has none,
+    or at the border of an image it is another, by `small_fn`. Where a channel cannot go
+    it stays, masked; `removable` says why. So that, up to float rounding,
 
         small_fn(small_params, *args) = fn(apply(params, masks), *args)
 
@@ -68,8 +86,8 @@ def shrink(
       params: dense leaves.
       masks: what `masks` or `mask` returned: True keeps, `optax.MaskedNode()` where
         nothing is pruned. Bias and normalization need none.
-      *example: the other arguments; `jax.ShapeDtypeStruct`s will do, of a small batch
-        best. Later ones may have other batch sizes.
+      *example: the other arguments; `jax.ShapeDtypeStruct`s will do. Later ones may have
+        other batch sizes; two is a good size for an example.
 
     Returns:
       `(small_fn, small_params)`, the latter a tree like `params`. `small_fn` traces `fn`
@@ -96,10 +114,13 @@ def shrink(
     if not found.gone.any():
         raise ValueError(f"nothing that the masks drop can be removed:\n{found.report()}")
     kept = dict(zip(found.model.paths, found.plan.kept[len(found.model.consts) :]))
-    small = [
-        take(leaf, kept[path]) if path in kept else leaf
-        for path, leaf in leaves_with_paths(found.masked)
-    ]
+
+    def smaller(path: str, leaf: Any) -> Any:
+        if path in found.biases:
+            leaf = leaf + found.biases[path].astype(leaf.dtype)
+        return take(leaf, kept[path]) if path in kept else leaf
+
+    small = [smaller(path, leaf) for path, leaf in leaves_with_paths(found.masked)]
     shapes = {
         path: x.shape for path, x in leaves_with_paths(rebuild(params, small)) if path in kept
     }
@@ -109,8 +130,8 @@ def shrink(
         given = {path: leaf for path, leaf in leaves_with_paths(params) if path in shapes}
         for path, shape in shapes.items():
             if path not in given or given[path].shape != shape:
-                found = given[path].shape if path in given else "nothing"
-                raise ValueError(f"{path!r} must have the shape {shape}; it is {found}")
+                there = given[path].shape if path in given else "nothing"
+                raise ValueError(f"{path!r} must have the shape {shape}; it is {there}")
         dtypes = {path: leaf.dtype for path, leaf in given.items()}
         model = _trace(fn, _with_dtypes(like, dtypes), args)
         inputs = [*(given[path] for path in model.paths), *_arrays(args)]
@@ -133,7 +154,7 @@ def removable(fn: Callable[..., Any], params: Any, masks: Any, *example: Any) ->
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> params = {"a": jnp.array([[1.0, 5.0], [2.0, 6.0]]), "b": jnp.array([[3.0], [4.0]])}
-    >>> masks = jc.prune.mask(params, jc.prune.channel(), 0.5)
+    >>> masks = jc.prune.mask(params, jc.prune.channel(), 0.5, rules=["a"])
     >>> jc.prune.removable(lambda p, x: x @ p["a"] @ p["b"], params, masks, jnp.ones((1, 2)))
     path  axis  size  masked  removed  why the rest stays
     a     -1    2     1       1
@@ -202,6 +223,7 @@ class _Analysis:
     gone: np.ndarray
     reasons: Callable[[np.ndarray], list[str]]
     plan: Plan
+    biases: dict[str, np.ndarray]  # to add to parameters
 
     def report(self) -> Removable:
         rows = []
@@ -258,11 +280,12 @@ def _analyse(fn: Callable[..., Any], params: Any, masks: Any, example: Any) -> _
     gone, roots, why = ties.solve(np.concatenate(hits), stays)
 
     removed = [tuple(gone[axis] for axis in found.atoms) for found in sums]
-    adds = [value for _, value in evaluate(model.consts, leaves, removed)]
-    added = {place: _compact(np.asarray(x)) for place, x in zip(places, adds) if x is not None}
+    removed_sums = [value for _, value in evaluate(model.consts, leaves, removed)]
+    adds = {place: np.asarray(x) for place, x in zip(places, removed_sums) if x is not None}
+    biases, added = distribute(jaxpr, dict(zip(jaxpr.invars, model.paths)), adds)
     reasons = lambda atoms: sorted({why[int(root)] for root in roots[atoms]})
-    plan = plan_of(frame, gone, {place: x for place, x in added.items() if x.any()})
-    return _Analysis(model, masked, slices, frame, gone, reasons, plan)
+    plan = plan_of(frame, gone, added)
+    return _Analysis(model, masked, slices, frame, gone, reasons, plan, biases)
 
 
 def _masked_slices(params: Any, masks: Any) -> dict[str, list[np.ndarray]]:
@@ -279,15 +302,3 @@ def _masked_slices(params: Any, masks: Any) -> dict[str, list[np.ndarray]]:
             "them with channel(), row() or column(), or pack() what they leave"
         )
     return found
-
-
-def _compact(value: np.ndarray) -> np.ndarray:
-    """With size one along axes in which it does not differ by more than rounding."""
-    wide = value.astype(np.float64)
-    # The same sum, in the order that suits the place in the array.
-    tolerance = 16 * float(jax.numpy.finfo(value.dtype).eps) * np.abs(wide).max(initial=0)
-    for d in range(value.ndim):
-        first = value.take([0], d) if value.shape[d] else value
-        if np.abs(wide - first.astype(np.float64)).max(initial=0) <= tolerance:
-            value, wide = first, wide.take([0], d)
-    return value

@@ -11,6 +11,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxcompress._program import body_of, step
 from jaxcompress.prune._axes import Frame
 from jaxcompress.prune._axes_rules import Place
+from jaxcompress.prune._biases import Added, plus
 from jaxcompress.prune._derivatives import DERIVATIVES, aval_of, is_float
 
 __all__ = ["Kept", "Plan", "plan_of", "run", "take"]
@@ -29,7 +30,7 @@ class Plan:
     primitives: list[str]
     kept: list[Kept]
     inner: dict[int, tuple["Plan", ...]]
-    added: dict[int, Any]
+    added: dict[int, Added]
 
     @property
     def smaller(self) -> bool:
@@ -37,7 +38,7 @@ class Plan:
         return inside or bool(self.added) or any(_any(kept) for kept in self.kept)
 
 
-def plan_of(frame: Frame, gone: np.ndarray, added: dict[Place, Any], place: Place = ()) -> Plan:
+def plan_of(frame: Frame, gone: np.ndarray, added: dict[Place, Added], place: Place = ()) -> Plan:
     """The plan that removes the atoms `gone`."""
 
     def kept(axis: np.ndarray) -> np.ndarray | None:
@@ -50,17 +51,22 @@ def plan_of(frame: Frame, gone: np.ndarray, added: dict[Place, Any], place: Plac
     by_var = {v: tuple(map(kept, frame.axes[v])) for v in frame.variables()}
     eqns = frame.jaxpr.eqns
     mine = {
-        p[-1]: take(value, by_var[eqns[p[-1]].outvars[0]])
+        p[-1]: _smaller(value, by_var[eqns[p[-1]].outvars[0]])
         for p, value in added.items()
         if p[:-1] == place
     }
     return Plan([eqn.primitive.name for eqn in eqns], [*by_var.values()], inner, mine)
 
 
+def _smaller(added: Added, kept: Kept) -> Added:
+    value = take(added.value, tuple(k if n != 1 else None for k, n in zip(kept, added.value.shape)))
+    return Added(value, tuple(f and n for f, n in zip(added.fits, value.shape)))
+
+
 def take(value: Any, kept: Kept) -> Any:
     """What is kept of an array."""
     for d, which in enumerate(kept):
-        if which is not None and value.shape[d] != 1:
+        if which is not None:
             value = value.take(np.flatnonzero(which), d)
     return value
 
@@ -83,7 +89,7 @@ def run(jaxpr: Jaxpr, consts: Sequence[Any], plan: Plan, inputs: Sequence[Any]) 
         else:
             outs = step(eqn)(*values)
         if i in plan.added:
-            outs = [_plus(outs[0], plan.added[i]), *outs[1:]]
+            outs = [plus(outs[0], plan.added[i]), *outs[1:]]
         env.update(zip(eqn.outvars, outs))
     return [read(v) for v in jaxpr.outvars]
 
@@ -108,15 +114,6 @@ def _kept(jaxpr: Jaxpr, plan: Plan) -> dict[Any, Kept]:
                     "arguments; call shrink with arguments like these"
                 )
     return dict(zip(variables, plan.kept))
-
-
-def _plus(value: Any, constant: Any) -> Any:
-    if any(n not in (1, m) for n, m in zip(constant.shape, value.shape)):
-        raise ValueError(
-            f"removed channels add a constant of the shape {constant.shape} to one of "
-            f"{value.shape}; call shrink with arguments like these"
-        )
-    return value + constant
 
 
 def _call(eqn: JaxprEqn, plans: Sequence[Plan], values: list[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from jaxcompress._sequential import Finished
 from jaxcompress.quantize._adaround import adaround
 from jaxcompress.quantize._bias import bias_correct
+from jaxcompress.quantize._brecq import brecq
 from jaxcompress.quantize._equalize import equalize
 from jaxcompress.quantize._fold import fold_batch_norm
 from jaxcompress.quantize._format_specs import (
@@ -46,6 +47,7 @@ __all__ = [
     "adaround",
     "awq",
     "bias_correct",
+    "brecq",
     "convert",
     "delayed",
     "dorefa",

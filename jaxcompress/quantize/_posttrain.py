@@ -19,7 +19,7 @@ from jaxcompress.quantize._quantize import quantize
 from jaxcompress.quantize._resolve import map_rules
 from jaxcompress.quantize._specs import Spec
 
-__all__ = ["Layer", "Method", "Progress", "layerwise", "nearest"]
+__all__ = ["Layer", "Layers", "Method", "Progress", "layerwise", "nearest"]
 
 Progress = Callable[[Finished], Any] | None
 Method = Callable[[Any, Any, Any, Any], Any]  # of `fn, params, batches, rules`, as all of them
@@ -59,6 +59,46 @@ class Layer:
         return self.matrices.statistic(self.observed.of(self.name), own)
 
 
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The weights that rules name: `statics` and `layouts` by path, `params` as JAX has them."""
+
+    params: Any
+    statics: dict[str, dict[str, Any]]
+    layouts: dict[str, Layout]
+
+    @classmethod
+    def of(
+        cls,
+        fn: Callable[[Any, Any], Any],
+        params: Any,
+        batches: list[Any],
+        rules: Mapping[str, Spec | None],
+        stats: Any,
+    ) -> "Layers":
+        if not batches:
+            raise ValueError("there are no batches to learn from")
+        found = layout(fn, params, batches[0])
+        statics: dict[str, dict[str, Any]] = {}
+
+        def remember(leaf: jax.Array, **static: Any) -> jax.Array:
+            statics[static["path"]] = static
+            return leaf
+
+        params = map_rules(remember, params, rules, found, stats)
+        paths = [path for path, _ in leaves_with_paths(params)]
+        return cls(params, statics, dict(zip(paths, subtrees(found, params))))
+
+    def layer(self, unit: Unit, leaf: jax.Array, observed: Observed) -> Layer:
+        path, row = unit
+        static = self.statics[path]
+        if row is not None:
+            own = lambda part: None if part is None else part[min(row, part.shape[0] - 1)]
+            static = static | {n: own(static[n]) for n in ("act_scale", "act_offset")}
+        matrices = Matrices.of(leaf.shape, self.layouts[path])
+        return Layer(name_of(unit), leaf, matrices, static, observed)
+
+
 def layerwise(
     fn: Callable[[Any, Any], Any],
     params: Any,
@@ -74,36 +114,20 @@ def layerwise(
 ) -> Any:
     """`solve` for every weight that `rules` name, in the order of the model."""
     batches = list(batches)
-    if not batches:
-        raise ValueError("there are no batches to learn from")
-    found = layout(fn, params, batches[0])
-    statics: dict[str, dict[str, Any]] = {}
-
-    def remember(leaf: jax.Array, **static: Any) -> jax.Array:
-        statics[static["path"]] = static
-        return leaf
-
-    params = map_rules(remember, params, rules, found, stats)
-    paths = [path for path, _ in leaves_with_paths(params)]
-    layouts: dict[str, Layout] = dict(zip(paths, subtrees(found, params)))
+    layers = Layers.of(fn, params, batches, rules, stats)
 
     def one(unit: Unit, leaves: dict[str, Any], observed: Observed) -> dict[str, Any]:
-        (path, row), name = unit, name_of(unit)
-        leaf, static = leaves[name], statics[path]
-        if row is not None:
-            own = lambda part: None if part is None else part[min(row, part.shape[0] - 1)]
-            static = static | {n: own(static[n]) for n in ("act_scale", "act_offset")}
-        matrices = Matrices.of(leaf.shape, layouts[path])
-        return {name: solve(Layer(name, leaf, matrices, static, observed))}
+        name = name_of(unit)
+        return {name: solve(layers.layer(unit, leaves[name], observed))}
 
     return sequential(
         fn,
-        params,
+        layers.params,
         batches,
-        set(statics),
+        set(layers.statics),
         statistic,
         one,
-        identity=[identity, sorted(statics.items())],
+        identity=[identity, sorted(layers.statics.items())],
         resume=resume,
         progress=progress,
     )

@@ -148,9 +148,10 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::A
 
 ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
                         ffi::Buffer<ffi::U16> places, ffi::Buffer<ffi::S32> starts,
-                        ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> x_scale,
+                        ffi::Buffer<ffi::U8> columns, ffi::Buffer<ffi::F32> scale,
+                        ffi::Buffer<ffi::F32> x_scale,
                         ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::U8> scratch,
-                        int64_t high, std::string_view path_name) {
+                        int64_t high, int64_t part, std::string_view path_name) {
   Problem shape{};
   ffi::Error error = describe(x.dimensions(), out->dimensions(), 0, &shape);
   if (error.failure()) return error;
@@ -160,6 +161,8 @@ ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
   p.k = shape.k;
   p.n = shape.n;
   p.quantized = high > 0;
+  if (part < 1) return invalid("a part has one entry along k or more");
+  p.part = static_cast<size_t>(part);
   const bool floats = values.element_type() == ffi::DataType::F32;
   if (!floats && values.element_type() != ffi::DataType::S8) {
     return invalid("the values of a sparse matrix are float32 or int8");
@@ -170,7 +173,12 @@ ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
   if (values.element_count() != p.batch * p.kept || places.element_count() != p.batch * p.kept) {
     return invalid("the values and the places of a sparse matrix differ in number");
   }
-  if (starts.element_count() != p.batch * (p.n + 1)) return invalid("expected n + 1 starts a batch");
+  if (starts.element_count() != p.batch * p.starts()) {
+    return invalid("expected a start for each column and part, and one more");
+  }
+  if (columns.element_count() != p.batch * (p.starts() - 1)) {
+    return invalid("expected a column for each run");
+  }
   if (scale.element_count() != (floats ? 0 : p.batch * p.n)) {
     return invalid("expected a scale a column of codes, and none of floats");
   }
@@ -180,7 +188,7 @@ ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
   if (scratch->element_count() < p.scratch_bytes()) return invalid("the scratch buffer is too small");
   const Path* path = find_path(std::string(path_name).c_str());
   if (!path) return invalid("this CPU has no path " + std::string(path_name));
-  const SparseWeights weights = {starts.typed_data(), places.typed_data(),
+  const SparseWeights weights = {starts.typed_data(), columns.typed_data(), places.typed_data(),
                                  floats ? static_cast<const float*>(values.untyped_data()) : nullptr,
                                  floats ? nullptr : static_cast<const int8_t*>(values.untyped_data()),
                                  floats ? nullptr : scale.typed_data()};
@@ -188,7 +196,7 @@ ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
                            given ? x_scale.typed_data() : nullptr};
   if (!multiply(*path, p, rows, weights, workers_of(pool), scratch->typed_data(),
                 out->typed_data())) {
-    return invalid("the runs of a sparse matrix leave its values, or its places its rows");
+    return invalid("the runs of a sparse matrix leave its values, columns or rows");
   }
   return ffi::Error::Success();
 }
@@ -233,11 +241,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_sparse_matmul, jaxcompress::SparseMatm
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::U16>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::U8>>()
                                   .Attr<int64_t>("high")
+                                  .Attr<int64_t>("part")
                                   .Attr<std::string_view>("path"));
 
 // The name of the path that runs for `name` ("" for the best), or "" if this CPU lacks it.

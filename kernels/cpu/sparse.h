@@ -1,31 +1,43 @@
 // Products of rows of floats and a sparse matrix: the places of each column's values, in runs.
 //
 // The rows are turned first, so that a vector holds one entry of many of them: each value of
-// the weight is then multiplied with whole vectors, wherever it lies.
+// the weight is then multiplied with whole vectors, wherever it lies. A group of columns goes
+// through `k` together, part by part: what one of them has read of the turned rows is in the
+// first cache for the others. The values lie in that order, a stream; within a part the columns
+// with few values come first, so that the length of a run is foreseen.
 #pragma once
 
 #include "matmul.h"
 
 namespace jaxcompress {
 
+// Columns of a group; the last has what is left.
+constexpr size_t kGroup = 64;
+
 struct SparseProblem {
   size_t batch, m, k, n;
+  size_t part;     // entries along k that are gone through at once; 256 of 32 rows are 32 KB
   size_t kept;     // values of each batch, padding at the end included
   bool quantized;  // the rows become int8 codes first
 
-  // Rows that are turned together: as many as stay in the second cache with all of k.
-  size_t tile() const { return k <= 2048 ? 64 : k <= 4096 ? 32 : 16; }
+  // Rows that are turned together.
+  size_t tile() const { return 32; }
   // Of a tile that begins at `row`, filled up to what the loops are made for; 1 for one row.
   size_t width(size_t row) const;
   size_t tiles() const { return (m + tile() - 1) / tile(); }
   // One row is read as it is, but its codes have to become floats.
   bool turned() const { return m > 1 || quantized; }
+  size_t parts() const { return (k + part - 1) / part; }
+  size_t starts() const { return n * parts() + 1; }
   size_t turned_bytes() const;
   size_t scratch_bytes() const;
 };
 
 struct SparseWeights {
-  const int32_t* starts;    // [batch][n + 1], where each column's run begins
+  // Where a run begins, a multiple of 4: of the first part of each column of the first group,
+  // of the second part, ..., of the next group.
+  const int32_t* starts;    // [batch][n * parts + 1]
+  const uint8_t* columns;   // [batch][n * parts], which column of its group a run is of
   const uint16_t* places;   // [batch][kept], the index along k of each value
   const float* values;      // [batch][kept]; or, if null,
   const int8_t* codes;      // the same, to be scaled by

@@ -82,92 +82,85 @@ void turn(const From* x, size_t rows, size_t pitch, size_t k, size_t width, floa
   }
 }
 
-// `kRows` of the `width` rows. Several values at a time where a few vectors alone would wait
-// for each other's sums.
-template <size_t kVector, size_t kRows, class Value>
-inline void sum_rows(const float* turned, size_t width, const uint16_t* places, const Value* values,
-                     size_t count, float* sums) {
+// `kRows` of the `kWidth` rows of every run. Several values at a time where a few vectors alone
+// would wait for each other's sums.
+template <size_t kVector, size_t kWidth, size_t kRows, class Value>
+inline void sum_rows(const float* turned, const Value* values, const SparseRuns& runs,
+                     float* sums) {
   using V = Floats<(kRows * sizeof(float) < kVector ? kRows * sizeof(float) : kVector)>;
   constexpr size_t kVectors = kRows / V::kLanes, kAtOnce = kVectors >= 4 ? 1 : 4 / kVectors;
-  typename V::Type acc[kAtOnce][kVectors] = {};
-  size_t i = 0;
-  for (; i + kAtOnce <= count; i += kAtOnce) {
+  for (size_t run = 0; run < runs.count; ++run) {
+    float* to = sums + runs.columns[run] * kWidth;
+    typename V::Type acc[kAtOnce][kVectors] = {};
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVectors; ++v) acc[0][v] = V::load(to + v * V::kLanes);
+    const size_t end = runs.starts[run + 1];
+    for (size_t i = runs.starts[run]; i < end; i += kFill) {
 #pragma GCC unroll 4
-    for (size_t u = 0; u < kAtOnce; ++u) {
-      const float* row = turned + places[i + u] * width;
-      const float value = static_cast<float>(values[i + u]);
-#pragma GCC unroll 16
-      for (size_t v = 0; v < kVectors; ++v) acc[u][v] += value * V::load(row + v * V::kLanes);
+      for (size_t u = 0; u < kFill; ++u) {
+        const float* row = turned + runs.places[i + u] * kWidth;
+        const float value = static_cast<float>(values[i + u]);
+#pragma GCC unroll 8
+        for (size_t v = 0; v < kVectors; ++v) {
+          acc[u % kAtOnce][v] += value * V::load(row + v * V::kLanes);
+        }
+      }
     }
-  }
-  for (; i < count; ++i) {
-    const float* row = turned + places[i] * width;
-    const float value = static_cast<float>(values[i]);
-#pragma GCC unroll 16
-    for (size_t v = 0; v < kVectors; ++v) acc[0][v] += value * V::load(row + v * V::kLanes);
-  }
-#pragma GCC unroll 16
-  for (size_t v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
+    for (size_t v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 4
-    for (size_t u = 1; u < kAtOnce; ++u) acc[0][v] += acc[u][v];
-    V::store(sums + v * V::kLanes, acc[0][v]);
+      for (size_t u = 1; u < kAtOnce; ++u) acc[0][v] += acc[u][v];
+      V::store(to + v * V::kLanes, acc[0][v]);
+    }
   }
 }
 
-// Eight vectors of sums at most: the others go a second time over the run.
+// Eight vectors of sums at most: the others go a second time over the runs.
 template <size_t kVector, size_t kWidth, class Value>
-inline void sum_all(const float* turned, const uint16_t* places, const Value* values, size_t count,
+inline void sum_all(const float* turned, const Value* values, const SparseRuns& runs,
                     float* sums) {
   constexpr size_t kMost = 8 * kVector / sizeof(float);
   constexpr size_t kRows = kWidth < kMost ? kWidth : kMost;
   for (size_t r = 0; r < kWidth; r += kRows) {
-    sum_rows<kVector, kRows>(turned + r, kWidth, places, values, count, sums + r);
+    sum_rows<kVector, kWidth, kRows>(turned + r, values, runs, sums + r);
   }
 }
 
 template <size_t kVector, class Value>
-inline void column_of(const float* turned, size_t width, const uint16_t* places, const Value* values,
-                      size_t count, float* sums) {
+inline void columns_of(const float* turned, size_t width, const Value* values,
+                       const SparseRuns& runs, float* sums) {
   switch (width) {
-    case 4: return sum_all<kVector, 4>(turned, places, values, count, sums);
-    case 8: return sum_all<kVector, 8>(turned, places, values, count, sums);
-    case 16: return sum_all<kVector, 16>(turned, places, values, count, sums);
-    case 32: return sum_all<kVector, 32>(turned, places, values, count, sums);
-    case 64: return sum_all<kVector, 64>(turned, places, values, count, sums);
+    case 4: return sum_all<kVector, 4>(turned, values, runs, sums);
+    case 8: return sum_all<kVector, 8>(turned, values, runs, sums);
+    case 16: return sum_all<kVector, 16>(turned, values, runs, sums);
+    case 32: return sum_all<kVector, 32>(turned, values, runs, sums);
   }
 }
 
 template <size_t kVector>
-void column(const float* turned, size_t width, SparseRun run, float* sums) {
-  if (run.values) {
-    column_of<kVector>(turned, width, run.places, run.values, run.count, sums);
-  } else {
-    column_of<kVector>(turned, width, run.places, run.codes, run.count, sums);
-  }
+void columns(const float* turned, size_t width, SparseRuns runs, float* sums) {
+  if (runs.values) return columns_of<kVector>(turned, width, runs.values, runs, sums);
+  columns_of<kVector>(turned, width, runs.codes, runs, sums);
 }
 
-// Four sums side by side, and two such vectors.
 template <class Value>
-inline float dot_of(const float* x, const uint16_t* places, const Value* values, size_t count) {
-  Four acc[2] = {};
-  size_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-#pragma GCC unroll 2
-    for (size_t u = 0; u < 2; ++u) {
-      const uint16_t* at = places + i + 4 * u;
+inline void dots_of(const float* x, const Value* values, const SparseRuns& runs, float* sums) {
+  for (size_t run = 0; run < runs.count; ++run) {
+    float* to = sums + runs.columns[run] * kFill;
+    Four acc = load_four(to);
+    const size_t end = runs.starts[run + 1];
+    for (size_t i = runs.starts[run]; i < end; i += kFill) {
+      const uint16_t* at = runs.places + i;
       const Four row = {x[at[0]], x[at[1]], x[at[2]], x[at[3]]};
-      acc[u] += load_four(values + i + 4 * u) * row;
+      acc += load_four(values + i) * row;
     }
+    Floats<16>::store(to, acc);
   }
-  acc[0] += acc[1];
-  float sum = (acc[0][0] + acc[0][1]) + (acc[0][2] + acc[0][3]);
-  for (; i < count; ++i) sum += static_cast<float>(values[i]) * x[places[i]];
-  return sum;
 }
 
-float dot(const float* x, SparseRun run) {
-  if (run.values) return dot_of(x, run.places, run.values, run.count);
-  return dot_of(x, run.places, run.codes, run.count);
+void dots(const float* x, SparseRuns runs, float* sums) {
+  if (runs.values) return dots_of(x, runs.values, runs, sums);
+  dots_of(x, runs.codes, runs, sums);
 }
 
 bool within(const uint16_t* places, size_t count, size_t k) {
@@ -176,7 +169,7 @@ bool within(const uint16_t* places, size_t count, size_t k) {
   return count == 0 || largest < k;
 }
 
-#define JAXCOMPRESS_SPARSE(bytes) {turn<float>, turn<int8_t>, column<bytes>, dot, within}
+#define JAXCOMPRESS_SPARSE(bytes) {turn<float>, turn<int8_t>, columns<bytes>, dots, within}
 
 }  // namespace
 }  // namespace jaxcompress

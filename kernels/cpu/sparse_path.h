@@ -9,11 +9,16 @@
 
 namespace jaxcompress {
 
-// The values of one column, of either kind.
-struct SparseRun {
+// Runs are filled up to a multiple of this many values, with zeros.
+constexpr size_t kFill = 4;
+
+// The runs of a part of a group of columns.
+struct SparseRuns {
   const uint16_t* places;
   const float* values;  // or, if null,
   const int8_t* codes;
+  const int32_t* starts;   // of each run in these three, and the end of the last
+  const uint8_t* columns;  // of each run
   size_t count;
 };
 
@@ -23,12 +28,12 @@ struct SparsePath {
   void (*turn_codes)(const int8_t* x, size_t rows, size_t pitch, size_t k, size_t width,
                      float* turned);
 
-  // sums[r] = sum over the run of value * turned[place * width + r]; `width` is 4, 8, 16, 32
-  // or 64.
-  void (*column)(const float* turned, size_t width, SparseRun run, float* sums);
+  // sums[column * width + r] += sum over a run of value * turned[place * width + r]; `width` is
+  // 4, 8, 16 or 32.
+  void (*columns)(const float* turned, size_t width, SparseRuns runs, float* sums);
 
-  // The same for one row.
-  float (*dot)(const float* x, SparseRun run);
+  // The same for one row, four sums of each column that are still to be added.
+  void (*dots)(const float* x, SparseRuns runs, float* sums);
 
   // Whether all places are below k.
   bool (*within)(const uint16_t* places, size_t count, size_t k);

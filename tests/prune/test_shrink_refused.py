@@ -145,10 +145,22 @@ def test_a_constant_that_fits_the_example_only():
     small_fn, small = jc.prune.shrink(fn, params, masks, X)
     want = fn(params | {"a": params["a"] * columns(0)}, X)
     np.testing.assert_allclose(small_fn(small, X), want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(
-        ValueError, match=r"add a constant of the shape \(2, 3\) to one of \(5, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"found for \[2, 3\] and is needed for \[5, 3\]"):
         small_fn(small, random(5, 4))
+
+
+def test_an_example_of_one_does_not_say_what_holds_for_more():
+    fn = lambda p, x: jax.nn.relu(x @ p["a"] + 1.0) @ p["b"] + p["bias"]
+    params = two(bias=jnp.ones(3))
+    masks = dict.fromkeys(params, optax.MaskedNode()) | {"a": columns(0)}
+    small_fn, small = jc.prune.shrink(fn, params, masks, X[:1])
+    want = fn(params | {"a": params["a"] * columns(0)}, X)
+    np.testing.assert_allclose(small_fn(small, X[:1]), want[:1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"found for \[1, 3\].*with an example of two"):
+        small_fn(small, X)
+    small_fn, small = jc.prune.shrink(fn, params, masks, X)
+    assert not jax.make_jaxpr(small_fn)(small, X).consts  # the bias has taken it up
+    np.testing.assert_allclose(small["bias"], 1 + params["b"][0], rtol=1e-6)
 
 
 def test_what_is_refused():
