@@ -59,6 +59,12 @@ def test_readme_has_the_table_of_its_json():
     assert update_readme.replaced(readme, "compress_digits", block) == readme
 
 
+def test_the_page_of_the_cpu_has_the_tables_of_its_json():
+    record = json.loads((ROOT / "experiments/results/bench_cpu.json").read_text())
+    page = update_readme.CPU.read_text()
+    assert update_readme.replaced(page, "bench_cpu", update_readme.cpu_block(record)) == page
+
+
 def test_goal_of_the_main_job():
     """At least 20 times smaller, within half a point of dense."""
     record = json.loads((ROOT / "experiments/results/compress_digits.json").read_text())
