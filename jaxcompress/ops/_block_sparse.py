@@ -43,11 +43,14 @@ def _forward(columns, *operands):
 
 def _backward(columns, operands, g):
     x, blocks, rows = operands
-    if not jnp.issubdtype(blocks.dtype, jnp.floating):  # codes: nothing to differentiate
-        run = lambda x: _gathered(columns, x, blocks, rows)
-        return *jax.vjp(run, x)[1](g), None, None
-    run = lambda x, blocks: _gathered(columns, x, blocks, rows)
-    return *jax.vjp(run, x, blocks)[1](g), None
+
+    def run(x: jax.Array, reals: jax.Array) -> jax.Array:
+        return _gathered(columns, x, reals, rows)
+
+    floats = jnp.issubdtype(blocks.dtype, jnp.floating)
+    reals = blocks if floats else blocks.astype(jnp.float32)
+    dx, dblocks = jax.vjp(run, x, reals)[1](g)
+    return dx, dblocks if floats else None, None
 
 
 _matmul.defvjp(_forward, _backward)
