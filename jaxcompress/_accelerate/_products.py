@@ -19,6 +19,7 @@ from jaxcompress.arrays._reshape import reshape
 from jaxcompress.arrays._uses import listener
 from jaxcompress.arrays._views import groups, transpose
 from jaxcompress.ops import _sparse_matmul
+from jaxcompress.ops._gradients import quantized_gradient_convolution
 from jaxcompress.ops._linear import Weight, encode_activations, linear, plan
 
 __all__ = ["convolution", "dot_general", "prepacked", "ragged_dot"]
@@ -151,7 +152,13 @@ def convolution(x: jax.Array, w: QuantizedArray, params: dict[str, Any], dtype: 
     why = f"XLA's float convolution of {w.qtype.name} as floats"
     w.note(lax.conv_general_dilated_p, "convolution", "reference", why)
     params = {**params, "preferred_element_type": None}
-    sums = lax.conv_general_dilated_p.bind(x, w.numbers().astype(x.dtype), **params)
+    convolve = lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params)
+    codes, grad_bits = w.numbers().astype(x.dtype), None if w.act is None else w.act.grad_bits
+    if grad_bits is None:
+        sums = convolve(x, codes)
+    else:
+        batch, feature = numbers.out_spec[:2]
+        sums = quantized_gradient_convolution(grad_bits, convolve, batch, feature, x, codes)
     w, sums = w.widened(), sums.astype(jnp.float32)
     if x_scale is not None:
         per_example = [1] * sums.ndim

@@ -120,7 +120,7 @@ def _dense(array: QuantizedArray) -> jax.Array:
     return (codes * scale).astype(array.float_dtype)
 
 
-def replace(array: Any, **changes: Any) -> Any:
+def replace(array: Any, /, **changes: Any) -> Any:
     """`array` with some fields changed, the others kept."""
     fields = {k: getattr(array, k) for k in array.__dataclass_fields__}
     return type(array)(**{**fields, **changes})
@@ -167,13 +167,23 @@ def _nearest(
 
 
 def encode_with(
-    found: Fit, w: jax.Array, qtype: QType, axis: Axes, group_size: Axes | None
+    found: Fit,
+    w: jax.Array,
+    qtype: QType,
+    axis: Axes,
+    group_size: Axes | None,
+    covered: bool = False,
 ) -> jax.Array:
-    """Numbers of `w` with these scales, and the gradient that the format has in training."""
+    """Numbers of `w` with these scales, and the gradient that the format has in training.
+
+    `covered` says that the scales are constants which no weight exceeds.
+    """
     scale = found.full()
     if isinstance(qtype, TernaryType) or qtype.bits == 1:
         divisor = scale if found.divisor is None else found.divisor
         return encode_through(w, divisor, scale, qtype, axis, group_size)
+    if covered:
+        return encode_through(w, scale, scale, qtype, axis, group_size)
     return encode(w, scale, found.zero_point, qtype, axis, group_size)
 
 
