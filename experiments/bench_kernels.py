@@ -30,13 +30,17 @@ LOW = {"float32": EPS, "bfloat16": 2.0**-8}
 
 
 class Size(NamedTuple):
-    """A product, and for weight-only ones the format of the weight; bits 0 is int8 x int8."""
+    """A product and the format of the weight; bits 0 is int8 x int8.
+
+    Activations are bfloat16, or with `integers` int8 (w4a8).
+    """
 
     m: int
     k: int
     n: int
     bits: int = 0
     group_size: int | None = None
+    integers: bool = False
 
 
 SIZES = [
@@ -44,8 +48,13 @@ SIZES = [
     Size(4096, 4096, 4096),
     *(Size(m, 4096, 4096, bits, 128) for m in (1, 16, 1024) for bits in (8, 4, 3, 2)),
     Size(129, 1000, 1000, 4, 32),
+    *(Size(m, 4096, 4096, 4, 128, integers=True) for m in (1, 16, 1024)),
 ]
-QUICK = [Size(129, 256, 256), Size(16, 512, 256, 4, 128)]
+QUICK = [
+    Size(129, 256, 256),
+    Size(16, 512, 256, 4, 128),
+    Size(16, 512, 256, 4, 128, integers=True),
+]
 
 
 def arguments() -> Any:
@@ -53,7 +62,7 @@ def arguments() -> Any:
     default = ROOT / "report" / "bench_kernels.json"
     parser.add_argument("--out", type=Path, default=default, help=f"file (default {default})")
     parser.add_argument("--repeats", type=int, default=50, help="of each product (default 50)")
-    parser.add_argument("--quick", action="store_true", help="two small products")
+    parser.add_argument("--quick", action="store_true", help="three small products")
     options = parser.parse_args()
     if options.repeats < 1:
         fail("--repeats is 1 or more")
@@ -81,7 +90,10 @@ def int8_problem(size: Size) -> tuple[Callable[..., jax.Array], list[Any], Any, 
 def weight_problem(size: Size) -> tuple[Callable[..., jax.Array], list[Any], Any, Any]:
     """The same for a weight of few bits: packed by the library, decoded here in float64."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(size.m, size.k)).astype(jnp.bfloat16)
+    if size.integers:
+        x = rng.integers(-128, 128, (size.m, size.k)).astype(np.int8)
+    else:
+        x = rng.normal(size=(size.m, size.k)).astype(jnp.bfloat16)
     low = -(2 ** (size.bits - 1))
     codes = rng.integers(low, -low, (size.k, size.n)).astype(np.int8)
     groups = -(-size.k // size.group_size)
@@ -89,8 +101,12 @@ def weight_problem(size: Size) -> tuple[Callable[..., jax.Array], list[Any], Any
     decoded = codes * np.repeat(scale.astype(np.float64), size.group_size, 0)[: size.k]
     w = codes if size.bits == 8 else jc.arrays._packing.pack(jnp.asarray(codes), size.bits, 0)
     op = functools.partial(jc.ops.quantized_matmul, bits=size.bits, group_size=size.group_size)
+    if size.integers:
+        op = functools.partial(jc.ops.w4a8_matmul, group_size=size.group_size)
     exact = x.astype(np.float64)
     want, total = exact @ decoded, np.abs(exact) @ np.abs(decoded)
+    if size.integers:  # exact within a group, float32 from there on
+        return op, [x, w, scale], want, (groups + 4) * EPS * total
     # Float32 sums; the decoded weight and the result are rounded to bfloat16.
     bound = (size.k * EPS + LOW["bfloat16"]) * total + LOW["bfloat16"] * np.abs(want)
     return op, [x, w, scale], want, bound
@@ -124,7 +140,8 @@ def main() -> None:
         row = measure(size, kernel, options.repeats)
         rows.append(row)
         what = f"{size.bits} bits by {size.group_size}" if size.bits else "int8 x int8"
-        head = f"{size.m:5} x {size.k:5} x {size.n:5}  {what:14}"
+        what = f"int8 x {what}" if size.integers else what
+        head = f"{size.m:5} x {size.k:5} x {size.n:5}  {what:20}"
         if row["right"]:
             ours, xla = row["milliseconds"][kernel], row["milliseconds"]["reference"]
             print(

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from jaxcompress._layout import Layout
 from jaxcompress._paths import map_with_paths
 from jaxcompress.arrays import (
     BitmapSparseArray,
@@ -11,16 +12,18 @@ from jaxcompress.arrays import (
     QuantizedArray,
     RotatedArray,
     ScaledArray,
+    is_compressed,
 )
 from jaxcompress.arrays._prepacked import prepack_array
+from jaxcompress.arrays._prepacked_sparse import prepack_sparse
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.ops._cpu import native_missing
 
 __all__ = ["prepack"]
 
 
-def prepack(params: Any) -> Any:
-    """Puts quantized weights into the order in which this platform's kernels read them.
+def prepack(params: Any, *, layout: Any = None) -> Any:
+    """Puts compressed weights into the order in which this platform's kernels read them.
 
     The values, their scales and `materialise` stay the same, and one copy serves every
     batch size; only products get faster, most of all with few rows. An array that is not
@@ -31,12 +34,16 @@ def prepack(params: Any) -> Any:
     its contracted axes are not known from the axes that share scales, or if they are not
     neighbours; so does every leaf where there are no native kernels, and on other platforms.
 
-    Quantized sparse arrays that have no product of their own (bitmaps, N:M) get their zeros
-    back, as integers, once and not at every call: small in the file, in memory as large and
-    in products as fast as dense integers. Save them before, not after.
+    `BitmapSparseArray`s become `PrepackedSparseArray`s where the product of what they keep
+    is the faster one: floats up to 40 % kept, integers up to 8 % with quantized activations,
+    20 % without. Other bitmaps and N:M get their zeros back, once and not at every call:
+    small in the file, in memory as large and in products as fast as dense floats or
+    integers. Save them before, not after.
 
     Args:
       params: any pytree with compressed leaves.
+      layout: what `jaxcompress.layout` found, for sparse floats whose product contracts
+        another axis than the first of two: Equinox's `Linear`, say, or attention.
 
     Returns:
       A tree like it.
@@ -51,14 +58,19 @@ def prepack(params: Any) -> Any:
     if jax.default_backend() != "cpu":
         return params
 
-    def one(path: str, leaf: Any) -> Any:
+    def one(path: str, leaf: Any, found: Layout | None) -> Any:
         if isinstance(leaf, (ScaledArray, RotatedArray)):
-            return replace(leaf, array=one(path, leaf.array))
-        if isinstance(leaf, (BitmapSparseArray, NMSparseArray)) and leaf.qtype is not None:
+            return replace(leaf, array=one(path, leaf.array, found))
+        if isinstance(leaf, BitmapSparseArray) and not native_missing():
+            columns = prepack_sparse(leaf, found.contract if found is not None else None)
+            if not isinstance(columns, str):
+                return columns
+        if isinstance(leaf, (BitmapSparseArray, NMSparseArray)):
             leaf = leaf.expanded()
         if not isinstance(leaf, QuantizedArray) or native_missing():
             return leaf
         packed = prepack_array(leaf)
         return leaf if isinstance(packed, str) else packed
 
-    return map_with_paths(one, params)
+    nothing = jax.tree.map(lambda _: None, params, is_leaf=is_compressed)
+    return map_with_paths(one, params, nothing if layout is None else layout)

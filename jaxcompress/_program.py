@@ -10,6 +10,7 @@ cut keeps only the values that are still needed.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from jaxcompress._accelerate._probe import Log, probe
 from jaxcompress._paths import leaves_with_paths, rebuild
 from jaxcompress._quax import scan_sizes
 
-__all__ = ["Program", "Unit", "is_array", "name_of", "trace"]
+__all__ = ["Program", "Unit", "body_of", "is_array", "name_of", "step", "trace"]
 
 Unit = tuple[str, int | None]  # the path of a leaf, and which of its stacked layers
 
@@ -62,10 +63,16 @@ class Program:
     cuts: list[int]
     live: list[list[Var]]
 
-    def segment(self, g: int) -> tuple[list[Unit], Callable[[Any, Any], Any]]:
-        """Units and `run(leaves, values)` from cut `g` to the next, `leaves` by name."""
-        inside = range(self.cuts[g], self.cuts[g + 1])
-        outs = self.live[g + 1]
+    def segment(
+        self, g: int, outs: Sequence[Var] | None = None
+    ) -> tuple[list[Unit], Callable[[Any, Any], Any]]:
+        """Units and `run(leaves, values)` from cut `g` to the next, `leaves` by name.
+
+        `outs` are the values to return, from anywhere behind cut `g`, instead of those
+        that cross the next one.
+        """
+        inside = range(self.cuts[g], self.cuts[g + 1] if outs is None else self.cuts[-1])
+        outs = self.live[g + 1] if outs is None else outs
         eqns = self.needed(outs, inside)
         used = {v for eqn in eqns for v in _variables(eqn)}
         slots = dict(zip(self.units, self.jaxpr.invars))
@@ -79,6 +86,14 @@ class Program:
             return run(*constants, *(leaves[name_of(u)] for u in units), *values)
 
         return units, segment
+
+    def joined(self, sizes: Sequence[int]) -> "Program":
+        """The same with runs of this many neighbouring groups made one."""
+        starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        runs = [self.groups[a:b] for a, b in itertools.pairwise(starts)]
+        groups = [[unit for group in run for unit in group] for run in runs]
+        pick = lambda crossing: [crossing[start] for start in starts]
+        return dataclasses.replace(self, groups=groups, cuts=pick(self.cuts), live=pick(self.live))
 
     def needed(self, outs: Collection[Var], inside: range) -> list[JaxprEqn]:
         """The steps of `inside` that lead to `outs`, and steps of any place on constants."""
@@ -115,8 +130,7 @@ def trace(
 
     traced = jax.make_jaxpr(call)(shapes, batch_arrays)
     paths = sorted(shapes)  # the order of a dict's leaves
-    by_var = {v: path for v, path in zip(traced.jaxpr.invars, paths) if path in wanted}
-    scanned = _scanned(traced.jaxpr, by_var)
+    scanned = _scanned(traced.jaxpr, dict(zip(traced.jaxpr.invars, paths)), wanted)
     units: list[Unit] = []
     for path in paths:
         units += [(path, i) for i in range(scanned[path])] if path in scanned else [(path, None)]
@@ -160,7 +174,8 @@ def _row(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
 
 
-def _body(eqn: JaxprEqn) -> ClosedJaxpr | None:
+def body_of(eqn: JaxprEqn) -> ClosedJaxpr | None:
+    """The body of a call that is nothing else; None of any other equation."""
     inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
     if isinstance(inner, Jaxpr):
         return ClosedJaxpr(inner, ())
@@ -173,18 +188,20 @@ def _scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
     return consts, consts + carry
 
 
-def _scanned(jaxpr: Jaxpr, names: dict[Any, str]) -> dict[str, int]:
-    """The number of layers of each named input that a scan runs over."""
+def _scanned(jaxpr: Jaxpr, names: dict[Any, str], wanted: Collection[str]) -> dict[str, int]:
+    """The number of layers of each named input that a scan over a wanted one runs over."""
     found: dict[str, int] = {}
     for eqn in jaxpr.eqns:
         named = [None if isinstance(v, Literal) else names.get(v) for v in eqn.invars]
-        inner = _body(eqn)
+        inner = body_of(eqn)
         if inner is not None:
             inside = {v: name for v, name in zip(inner.jaxpr.invars, named) if name is not None}
-            found |= _scanned(inner.jaxpr, inside)
+            found |= _scanned(inner.jaxpr, inside, wanted)
         elif eqn.primitive is scan_p:
             _, first = _scan_parts(eqn)
-            found |= {name: eqn.params["length"] for name in named[first:] if name is not None}
+            layers = [name for name in named[first:] if name is not None]
+            if any(name in wanted for name in layers):
+                found |= dict.fromkeys(layers, eqn.params["length"])
     return found
 
 
@@ -194,13 +211,13 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     read = lambda v: v.val if isinstance(v, Literal) else env[v]
     for eqn in jaxpr.eqns:
         values = [read(v) for v in eqn.invars]
-        inner = _body(eqn)
+        inner = body_of(eqn)
         if inner is not None:
             outs = _run(inner.jaxpr, inner.consts, values)
         elif eqn.primitive is scan_p and any(isinstance(v, _Rows) for v in values):
             outs = _unrolled(eqn, values)
         else:
-            outs = _step(eqn)(*map(_whole, values))
+            outs = step(eqn)(*map(_whole, values))
         env.update(zip(eqn.outvars, outs))
     return [_whole(read(v)) for v in jaxpr.outvars]
 
@@ -230,7 +247,7 @@ def _function(
     return jaxpr_as_fun(ClosedJaxpr(Jaxpr([], invars, outvars, eqns, effects), ()))
 
 
-def _step(eqn: JaxprEqn) -> Callable[..., list[Any]]:
+def step(eqn: JaxprEqn) -> Callable[..., list[Any]]:
     """One equation as a function of all of its inputs, literals included."""
     invars = [Var(v.aval) if isinstance(v, Literal) else v for v in eqn.invars]
     run = _function(list(dict.fromkeys(invars)), eqn.outvars, [eqn.replace(invars=[*invars])])
@@ -255,7 +272,7 @@ def _products(
         for i, eqn in enumerate(program.jaxpr.eqns):
             before = len(log.meetings)
             inputs = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            env.update(zip(eqn.outvars, _step(eqn)(*inputs)))
+            env.update(zip(eqn.outvars, step(eqn)(*inputs)))
             for meeting in log.meetings[before:]:
                 if meeting.contract and not meeting.lookup:
                     found.setdefault(by_name[meeting.path], []).append(i)

@@ -19,7 +19,17 @@ from jaxcompress._program import Program, is_array, name_of, trace
 from jaxcompress._statistics import Statistic
 from jaxcompress.arrays import is_compressed
 
-__all__ = ["Finished", "sequential"]
+__all__ = [
+    "Finished",
+    "advance",
+    "first_values",
+    "observed",
+    "restacked",
+    "sequential",
+    "traced",
+    "unstacked",
+    "walk",
+]
 
 
 class Finished(NamedTuple):
@@ -61,8 +71,9 @@ def sequential(
       fn, params, batches: as everywhere; batches of one shape, read once.
       wanted: paths of leaves that are multiplied with something.
       statistic: of the activations that enter each layer.
-      solve: `solve(path, row, leaf, observed)` makes the new leaf; of stacked layers it
-        gets one at a time, `row` says which (None otherwise).
+      solve: `solve(unit, leaves, observed)` returns new leaves by name, that of the unit
+        itself as a rule. A unit is a path and, of stacked layers, the number of one
+        (or None); `leaves` has every array by the name of its unit.
       identity: what, beside params and batches, decides the result: text of it tells one
         run from another in the folder `resume`.
       resume: a folder where each finished group is kept; a run that is started again with
@@ -71,6 +82,27 @@ def sequential(
       skip_unmet: leave a leaf that is multiplied with nothing as it is, do not raise.
     """
     batches = list(batches)
+    program = traced(fn, params, batches, wanted, skip_unmet=skip_unmet)
+
+    def work(g: int, leaves: dict[str, Any], values: list[Any]) -> dict[str, Any]:
+        seen = observed(program, g, leaves, values, statistic)
+        done: dict[str, Any] = {}
+        for unit in program.groups[g]:
+            done |= solve(unit, leaves, seen[name_of(unit)])
+        return done
+
+    return walk(program, params, batches, work, identity=identity, resume=resume, progress=progress)
+
+
+def traced(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: list[Any],
+    wanted: Collection[str],
+    *,
+    skip_unmet: bool = False,
+) -> Program:
+    """The program for these batches; raises if there are none, or a wanted leaf meets none."""
     if not batches:
         raise ValueError("there are no batches to learn from")
     _refuse_other_shapes(batches)
@@ -81,35 +113,68 @@ def sequential(
             f"{unmet[0]!r} meets no product in the function, so nothing can be learnt about the "
             "activations that it sees; leave it out of the rules"
         )
+    return program
+
+
+def observed(
+    program: Program,
+    g: int,
+    leaves: dict[str, Any],
+    values: list[Any],
+    statistic: Statistic,
+) -> dict[str, Any]:
+    """The statistic of the activations that enter the layers of group `g`, by name."""
+    units, segment = program.segment(g)
+    part = {name_of(u): leaves[name_of(u)] for u in units}
+    rules = [re.escape(name_of(u)) for u in program.groups[g]]
+    return calibrate(segment, part, values, statistic, rules=rules)
+
+
+def walk(
+    program: Program,
+    params: Any,
+    batches: list[Any],
+    work: Callable[[int, dict[str, Any], list[Any]], dict[str, Any]],
+    *,
+    identity: Any,
+    resume: str | Path | None = None,
+    progress: Callable[[Finished], Any] | None = None,
+) -> Any:
+    """`params` with the leaves that `work` replaced, group after group.
+
+    `work(g, leaves, values)` returns new leaves by name, given all leaves as they are by
+    then, and what crosses the cut before group `g`, of each batch.
+    """
     store = None if resume is None else _Store(Path(resume), [identity, params, batches])
-    values = [[x for x in jax.tree.leaves(b) if is_array(x)] for b in batches]
+    values = first_values(batches)
     del batches
-    leaves = _unstacked(program, params)
+    leaves, changed = unstacked(program, params), set()
     for g, group in enumerate(program.groups):
-        units, segment = program.segment(g)
-        names = [name_of(u) for u in group]
-        part = {name_of(u): leaves[name_of(u)] for u in units}
         done = store.read(g) if store is not None else None
         if done is None:
-            rules = [re.escape(name) for name in names]
-            seen = calibrate(segment, part, values, statistic, rules=rules)
-            done = {
-                name_of((path, row)): solve(
-                    path, row, leaves[name_of((path, row))], seen[name_of((path, row))]
-                )
-                for path, row in group
-            }
+            done = work(g, leaves, values)
             jax.block_until_ready(done)
-            del seen
             if store is not None:
                 store.write(g, done)
         leaves |= done
+        changed |= {unit[0] for unit in program.units if name_of(unit) in done}
         if g + 1 < len(program.groups):
-            run = jax.jit(accelerate(segment))
-            values = [run(part | done, v) for v in values]
+            values = advance(program, g, leaves, values)
         if progress is not None:
-            progress(Finished(g + 1, len(program.groups), tuple(names)))
-    return _restacked(program, params, leaves, wanted)
+            progress(Finished(g + 1, len(program.groups), tuple(map(name_of, group))))
+    return restacked(program, params, leaves, changed)
+
+
+def first_values(batches: list[Any]) -> list[Any]:
+    """What crosses the first cut: the arrays of each batch."""
+    return [[x for x in jax.tree.leaves(b) if is_array(x)] for b in batches]
+
+
+def advance(program: Program, g: int, leaves: dict[str, Any], values: list[Any]) -> list[Any]:
+    """What crosses the cut behind group `g`, of each batch."""
+    units, segment = program.segment(g)
+    part, run = {name_of(u): leaves[name_of(u)] for u in units}, jax.jit(accelerate(segment))
+    return [run(part, v) for v in values]
 
 
 def _refuse_other_shapes(batches: list[Any]) -> None:
@@ -121,20 +186,22 @@ def _refuse_other_shapes(batches: list[Any]) -> None:
             )
 
 
-def _unstacked(program: Program, params: Any) -> dict[str, Any]:
+def unstacked(program: Program, params: Any) -> dict[str, Any]:
     """Every array by the name of its unit."""
     arrays = dict(leaves_with_paths(params))
     return {
-        name_of((path, row)): arrays[path] if row is None else jnp.asarray(arrays[path])[row]
+        name_of((path, row)): arrays[path]
+        if row is None
+        else jax.tree.map(lambda part, row=row: jnp.asarray(part)[row], arrays[path])
         for path, row in program.units
     }
 
 
-def _restacked(
-    program: Program, params: Any, leaves: dict[str, Any], wanted: Collection[str]
+def restacked(
+    program: Program, params: Any, leaves: dict[str, Any], changed: Collection[str]
 ) -> Any:
     def whole(path: str, old: Any) -> Any:
-        if path not in wanted:
+        if path not in changed:
             return old
         if path not in program.scanned:
             return leaves[path]

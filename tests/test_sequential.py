@@ -65,9 +65,9 @@ def test_a_layer_sees_the_layers_before_it_replaced(whole):
     fn, params, batches = whole
     statistic, seen = jc.statistics.second_moment(), {}
 
-    def halve(path, row, leaf, observed):
-        seen[path, row] = np.asarray(observed.of(path)).squeeze()
-        return leaf / 2
+    def halve(unit, leaves, observed):
+        seen[unit] = np.asarray(observed.of(unit[0])).squeeze()
+        return {name_of(unit): leaves[name_of(unit)] / 2}
 
     new = sequential(fn, params, batches, paths(params), statistic, halve, identity=None)
     jax.tree_util.tree_map_with_path(
@@ -100,7 +100,7 @@ def test_stacked_layers_and_what_a_scan_returns(reverse):
     order = [0, 1, 2, 3][:: -1 if reverse else 1]
     assert program.groups == [[("w", i)] for i in order]
     values = [x]
-    leaves = {f"w[{i}]": params["w"][i] for i in range(4)} | {"b": params["b"]}
+    leaves = {f"{name}[{i}]": params[name][i] for i in range(4) for name in "wb"}
     for g in range(4):
         values = program.segment(g)[1](leaves, values)
     for got, want in zip(values, jax.tree.leaves(fn(params, x))):
@@ -172,3 +172,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="a run with other weights, batches, rules or options"):
         run(resume=tmp_path, damping=0.02)
+
+
+def test_a_scan_without_wanted_weights_stays_one():
+    fn = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0] @ p["head"]
+    params = {"w": jnp.asarray(random(3, 4, 4)), "head": jnp.asarray(random(4, 2))}
+    program = trace(fn, params, jnp.ones((2, 4)), {"head"})
+    assert program.scanned == {}
+    assert [eqn.primitive.name for eqn in program.jaxpr.eqns].count("scan") == 1

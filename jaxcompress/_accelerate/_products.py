@@ -13,11 +13,13 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from jaxcompress._quax import ragged_dot_general_p
-from jaxcompress.arrays import PrepackedArray, QuantizedArray
+from jaxcompress.arrays import PrepackedArray, PrepackedSparseArray, QuantizedArray
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import reshape
 from jaxcompress.arrays._uses import listener
 from jaxcompress.arrays._views import groups, transpose
+from jaxcompress.ops import _sparse_matmul
+from jaxcompress.ops._gradients import quantized_gradient_convolution
 from jaxcompress.ops._linear import Weight, encode_activations, linear, plan
 
 __all__ = ["convolution", "dot_general", "prepacked", "ragged_dot"]
@@ -70,7 +72,11 @@ def dot_general(
 
 
 def prepacked(
-    x: jax.Array, w: PrepackedArray, dimension_numbers: Any, weight_first: bool, dtype: Any
+    x: jax.Array,
+    w: PrepackedArray | PrepackedSparseArray,
+    dimension_numbers: Any,
+    weight_first: bool,
+    dtype: Any,
 ) -> jax.Array | None:
     """`lax.dot_general` of exactly the product that `w` is packed for, else None."""
     (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
@@ -86,10 +92,14 @@ def prepacked(
     batch = [w.shape[d] for d in lead]
     one_batch = [math.prod(batch)] if batch else []
     m = math.prod(x.shape[d] for d in x_free)
-    _note_product(w, w, w.transpose_w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, w.k)
     flat = jax.tree.map(lambda a: a.reshape(*one_batch, *a.shape[len(batch) :]), w)
-    out = linear(rows, flat, w.transpose_w, dtype)
+    if isinstance(w, PrepackedSparseArray):
+        _note_sparse(w, m, x.dtype.name)
+        out = _sparse_matmul.sparse_linear(rows, flat, dtype)
+    else:
+        _note_product(w, w, w.transpose_w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
+        out = linear(rows, flat, w.transpose_w, dtype)
     out = out.reshape(*batch, *(x.shape[d] for d in x_free), *free)
     return _weight_first(out, len(batch), len(x_free)) if weight_first else out
 
@@ -142,7 +152,13 @@ def convolution(x: jax.Array, w: QuantizedArray, params: dict[str, Any], dtype: 
     why = f"XLA's float convolution of {w.qtype.name} as floats"
     w.note(lax.conv_general_dilated_p, "convolution", "reference", why)
     params = {**params, "preferred_element_type": None}
-    sums = lax.conv_general_dilated_p.bind(x, w.numbers().astype(x.dtype), **params)
+    convolve = lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params)
+    codes, grad_bits = w.numbers().astype(x.dtype), None if w.act is None else w.act.grad_bits
+    if grad_bits is None:
+        sums = convolve(x, codes)
+    else:
+        batch, feature = numbers.out_spec[:2]
+        sums = quantized_gradient_convolution(grad_bits, convolve, batch, feature, x, codes)
     w, sums = w.widened(), sums.astype(jnp.float32)
     if x_scale is not None:
         per_example = [1] * sums.ndim
@@ -180,6 +196,13 @@ def _note_product(
     else:
         op, (implementation, why) = plan(flat, transpose_w, m, k, n, dtype, here.platform)
         w.note(primitive, op, implementation.name, why)
+
+
+def _note_sparse(w: PrepackedSparseArray, m: int, dtype: str) -> None:
+    here = listener()
+    if here is not None:
+        implementation, why = _sparse_matmul.plan(w, m, dtype, here.platform)
+        w.note(lax.dot_general_p, "sparse_matmul", implementation.name, why)
 
 
 def _ungroup(w: QuantizedArray, dimensions: list[int]) -> QuantizedArray:

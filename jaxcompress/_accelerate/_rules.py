@@ -22,6 +22,7 @@ from jaxcompress.arrays import (
     BlockSparseArray,
     CompressedArray,
     PrepackedArray,
+    PrepackedSparseArray,
     QuantizedArray,
     _views,
 )
@@ -170,6 +171,7 @@ def _dot_general(operands: list, which: int, params: dict) -> Any:
     products: dict[type[CompressedArray], Callable] = {
         BlockSparseArray: block_sparse,
         PrepackedArray: _products.prepacked,
+        PrepackedSparseArray: _products.prepacked,
     }
     for container, product in products.items():
         if isinstance(w, container) and not isinstance(x, CompressedArray):

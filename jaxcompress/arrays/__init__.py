@@ -7,6 +7,7 @@ from jaxcompress.arrays._fake_quant import FakeQuantArray
 from jaxcompress.arrays._formats import CodebookType, FloatType, OddType, TernaryType
 from jaxcompress.arrays._nm import NMSparseArray
 from jaxcompress.arrays._prepacked import PrepackedArray
+from jaxcompress.arrays._prepacked_sparse import PrepackedSparseArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._rotated import RotatedArray
@@ -24,6 +25,7 @@ __all__ = [
     "NMSparseArray",
     "OddType",
     "PrepackedArray",
+    "PrepackedSparseArray",
     "QuantizedArray",
     "RotatedArray",
     "ScaledArray",

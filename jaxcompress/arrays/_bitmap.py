@@ -30,8 +30,9 @@ class BitmapSparseArray(SparseArray):
     - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes;
       a dropped element is exactly 0.
 
-    There is no product of its own yet: `jaxcompress.accelerate` puts the zeros back, in
-    integers where the values are quantized, and multiplies that.
+    `jaxcompress.accelerate` puts the zeros back, in integers where the values are quantized,
+    and multiplies that. `jaxcompress.prepack` orders the values by columns, once, for a
+    product of what is kept.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> w = jnp.diag(jnp.arange(1.0, 9.0))
@@ -72,7 +73,8 @@ class BitmapSparseArray(SparseArray):
         return scatter(self.bitmap, values)[..., : math.prod(self.core)].reshape(self.shape)
 
     def lowered(self) -> QuantizedArray | jax.Array:
-        self.note("expand", "bitmap", "reference", "zeros are put back: no sparse product yet")
+        why = "zeros are put back at every call (jc.prepack does it once, or needs none)"
+        self.note("expand", "bitmap", "reference", why)
         return self.expanded()
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcompress._quax import differentiated_inside
 from jaxcompress.arrays._base import CompressedArray
-from jaxcompress.arrays._fit import Fit, fit
+from jaxcompress.arrays._fit import Fit, covers, fit
 from jaxcompress.arrays._granularity import Axes
 from jaxcompress.arrays._qtype import Activation, QType
 from jaxcompress.arrays._quantized import QuantizedArray, encode_with, store
@@ -66,7 +66,9 @@ class FakeQuantArray(CompressedArray):
         else:  # a statistic of the weight, not something to descend on
             found = fit(weight, self.axis, self.group_size, self.qtype)
             found = jax.lax.stop_gradient(found)
-        return encode_with(found, weight, self.qtype, self.axis, self.group_size), found
+        covered = self.scale is None and covers(self.qtype)
+        numbers = encode_with(found, weight, self.qtype, self.axis, self.group_size, covered)
+        return numbers, found
 
     def _act(self) -> tuple[jax.Array | None, jax.Array | None]:
         """The static scale and offset of the activations."""

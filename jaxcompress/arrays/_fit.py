@@ -11,7 +11,7 @@ from jaxcompress.arrays._granularity import Axes, expand, reduce_groups
 from jaxcompress.arrays._qtype import QType
 from jaxcompress.arrays._rounding import absmax_scale, minmax_scale, scale_of
 
-__all__ = ["Fit", "fit", "mean_magnitude"]
+__all__ = ["Fit", "covers", "fit", "mean_magnitude"]
 
 _E4M3 = FloatType(4, 3, 448.0)
 
@@ -46,6 +46,15 @@ def fit(w: jax.Array, axis: Axes, group_size: Axes | None, qtype: QType) -> Fit:
             else _two_level(largest, w, axis, group_size, qtype)
         )
     return Fit(absmax_scale(w, axis, group_size, qtype))
+
+
+def covers(qtype: QType) -> bool:
+    """Whether `fit` puts the absolute maximum on the largest number, so that nothing is clipped.
+
+    Scales of eight bits are rounded, and so may be too small; so may zero points.
+    """
+    mean = isinstance(qtype, TernaryType) or qtype.bits == 1
+    return qtype.symmetric and not mean and getattr(qtype, "scales", "float32") == "float32"
 
 
 def mean_magnitude(w: jax.Array, axis: Axes, group_size: Axes | None) -> jax.Array:

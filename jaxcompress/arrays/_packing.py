@@ -7,6 +7,8 @@ A block therefore takes exactly `8 b` bytes, any multiple of 64 can be cut in tw
 sharding, and unpacking is shifts, masks and one concatenation along the axis.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +25,7 @@ def packed_size(size: int, bits: int) -> int:
     return -(-size // BLOCK) * BLOCK * bits // 8
 
 
+@functools.partial(jax.jit, inline=True, static_argnums=(1, 2))
 def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
     """Packs the low `bits` bits of integer `codes` along `axis` into uint8."""
     axis %= codes.ndim
@@ -47,6 +50,7 @@ def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
     return packed.reshape(*lead, blocks * 8 * bits, *trail)
 
 
+@functools.partial(jax.jit, inline=True, static_argnums=(1, 2, 3))
 def unpack(packed: jax.Array, bits: int, size: int, axis: int) -> jax.Array:
     """The int8 codes, sign extended, of which `pack` made `packed`."""
     axis %= packed.ndim

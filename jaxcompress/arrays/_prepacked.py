@@ -1,28 +1,24 @@
 """`PrepackedArray`: a quantized weight whose bytes lie as this platform's kernels want them."""
 
-import math
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.extend.core import Primitive
 
-from jaxcompress._quax import stop_gradient_p
-from jaxcompress.arrays._base import CompressedArray
 from jaxcompress.arrays._granularity import Axes
+from jaxcompress.arrays._matrix import Form, MatrixArray, form
 from jaxcompress.arrays._packing import pack
 from jaxcompress.arrays._panels import from_panels, to_panels
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray, replace
 from jaxcompress.arrays._reshape import reshape
 
-__all__ = ["PrepackedArray", "prepack_array"]
+__all__ = ["PrepackedArray", "matrix_of", "prepack_array", "reshaped"]
 
 
-class PrepackedArray(CompressedArray):
+class PrepackedArray(MatrixArray):
     """A `QuantizedArray` with the same values in another order; `jaxcompress.prepack` makes it.
 
     It is the matrix of one product: the contracted axes of the original are one `k`, those
@@ -61,34 +57,12 @@ class PrepackedArray(CompressedArray):
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The layer and expert axes."""
         return tuple(self.values.shape[:-4])
-
-    @property
-    def contracted_dims(self) -> tuple[int, ...]:
-        """The axes of the logical shape that are `k`."""
-        first = len(self.lead)
-        if self.transpose_w:
-            first += len(self.dims) - self.contracted
-        return tuple(range(first, first + self.contracted))
-
-    @property
-    def k(self) -> int:
-        """The length of the sums."""
-        return math.prod((*self.lead, *self.dims)[d] for d in self.contracted_dims)
-
-    @property
-    def n(self) -> int:
-        """The number of columns."""
-        return math.prod(self.dims) // self.k
-
-    def aval(self) -> jax.core.ShapedArray:
-        return jax.core.ShapedArray((*self.lead, *self.dims), self.float_dtype)
 
     def canonical(self) -> QuantizedArray:
         """The same array in the order that files have."""
         matrix = self._matrix()
-        whole = _reshaped(matrix, (*self.lead, *self.dims))
+        whole = reshaped(matrix, (*self.lead, *self.dims))
         assert whole is not None, "prepack_array has seen that it can be taken apart"
         if self.qtype.bits < 8 and whole.packed is None:
             axis = whole.axis[-1]
@@ -122,7 +96,7 @@ class PrepackedArray(CompressedArray):
         return tuple(self.group_size if a == along else 1 for a in self.axis)
 
     def transposed(self) -> "PrepackedArray":
-        """A matrix the other way round: the bytes stay where they are."""
+        """The bytes stay where they are."""
         turn = lambda s: None if s is None else jnp.swapaxes(s, -1, -2)
         return replace(
             self,
@@ -133,20 +107,6 @@ class PrepackedArray(CompressedArray):
             dims=self.dims[::-1],
             transpose_w=not self.transpose_w,
         )
-
-    def viewed(self, primitive: Primitive, params: dict[str, Any]) -> "PrepackedArray | None":
-        if primitive is lax.convert_element_type_p:
-            if jnp.issubdtype(params["new_dtype"], jnp.floating):
-                return replace(self, float_dtype=np.dtype(params["new_dtype"]))
-        elif primitive is lax.transpose_p:
-            if tuple(params["permutation"]) == (1, 0):
-                return self.transposed()
-        elif primitive is lax.copy_p:
-            return self
-        elif primitive is stop_gradient_p:
-            floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
-            return jax.tree.map(lambda a: lax.stop_gradient(a) if floating(a) else a, self)
-        return None
 
     def stored(self) -> QuantizedArray:
         return self.canonical()
@@ -178,25 +138,10 @@ def prepack_array(q: QuantizedArray) -> "PrepackedArray | str":
         return "a training step's codes are floats"
     if q.act is not None and not (q.act.qtype.integer and q.act.qtype.symmetric):
         return "the native product takes symmetric integers as activations"
-    if not q.axis or q.size == 0:
-        return "no axis shares a scale, so none is known to be contracted"
-    contract = _contracted(q)
-    if isinstance(contract, str):
-        return contract
-    first, last = contract
-    transpose_w = last == q.ndim - 1
-    free = range(first - 1, first) if transpose_w else range(last + 1, q.ndim)
-    if free.start < 0:
-        return "it has no columns: every axis is contracted"
-    start = min(first, free.start)
-    k = math.prod(q.shape[first : last + 1])
-    n = math.prod(q.shape[d] for d in free)
-    matrix = _reshaped(q, (*q.shape[:start], *((n, k) if transpose_w else (k, n))))
-    if matrix is None:
-        return "its scales do not follow the axes that a product merges"
-    back = jax.eval_shape(lambda m: _reshaped(m, q.shape), matrix)
-    if back is None or (back.axis, back.group_size) != (q.axis, q.group_size):
-        return "its scales do not follow the axes that a product merges"
+    found = matrix_of(q)
+    if isinstance(found, str):
+        return found
+    matrix, (lead, contracted, k, _, transpose_w) = found
     along = -1 if transpose_w else -2
     sizes = dict(zip(matrix.axis, matrix.group_size or ()))
     if any(size > 1 and a != along for a, size in sizes.items()):
@@ -215,21 +160,41 @@ def prepack_array(q: QuantizedArray) -> "PrepackedArray | str":
         axis=matrix.axis,
         group_size=sizes.get(along),
         act=q.act,
-        dims=q.shape[start:],
-        contracted=last + 1 - first,
+        dims=q.shape[lead:],
+        contracted=contracted,
         transpose_w=transpose_w,
         float_dtype=q.float_dtype,
         path=q.path,
     )
 
 
-def _reshaped(q: QuantizedArray, shape: tuple[int, ...]) -> QuantizedArray | None:
+def matrix_of(q: QuantizedArray) -> tuple[QuantizedArray, Form] | str:
+    """`q` as the matrices `[..., k, n]` or `[..., n, k]` of its product, or why it has none."""
+    if not q.axis or q.size == 0:
+        return "no axis shares a scale, so none is known to be contracted"
+    contract = _contracted(q)
+    if isinstance(contract, str):
+        return contract
+    found = form(q.shape, contract)
+    if isinstance(found, str):
+        return found
+    why = "its scales do not follow the axes that a product merges"
+    matrix = reshaped(q, (*q.shape[: found.lead], *found.matrix))
+    if matrix is None:
+        return why
+    back = jax.eval_shape(lambda m: reshaped(m, q.shape), matrix)
+    if back is None or (back.axis, back.group_size) != (q.axis, q.group_size):
+        return why
+    return matrix, found
+
+
+def reshaped(q: QuantizedArray, shape: tuple[int, ...]) -> QuantizedArray | None:
     """`q` in a shape that most often is its own; axes of size one then keep their meaning."""
     return q if q.shape == shape else reshape(q, shape)
 
 
-def _contracted(q: QuantizedArray) -> tuple[int, int] | str:
-    """The first and the last of the axes that a product will contract.
+def _contracted(q: QuantizedArray) -> list[int] | str:
+    """The axes that a product will contract.
 
     They are the axes that share scales; where these are all the axes of a matrix, the first
     of the two, as `jaxcompress.quantize.quantize` assumes without a layout.
@@ -237,10 +202,8 @@ def _contracted(q: QuantizedArray) -> tuple[int, int] | str:
     if q.ndim == 1:
         return "it has no columns: every axis is contracted"
     axes = sorted(a % q.ndim for a in q.axis)
-    if len(axes) == q.ndim:
-        if q.ndim != 2:
-            return "all its axes share scales, so none is known to be contracted"
-        axes = [0]
-    if axes != list(range(axes[0], axes[-1] + 1)):
-        return "the axes that share scales are not neighbours"
-    return axes[0], axes[-1]
+    if len(axes) < q.ndim:
+        return axes
+    if q.ndim != 2:
+        return "all its axes share scales, so none is known to be contracted"
+    return [0]

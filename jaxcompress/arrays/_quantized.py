@@ -1,5 +1,6 @@
 """`QuantizedArray`: codes of a few bits and their scales, standing for floats."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -93,12 +94,7 @@ class QuantizedArray(CompressedArray):
 
     def materialise(self) -> jax.Array:
         """The dense array that this one stands for, in its logical dtype."""
-        codes = self.numbers().astype(jnp.float32)
-        if self.zero_point is not None:
-            zero = self.zero_point.astype(jnp.float32)
-            codes = codes - expand(zero, codes.shape, self.axis, self.group_size)
-        scale = expand(self.widened().scale, codes.shape, self.axis, self.group_size)
-        return (codes * scale).astype(self.float_dtype)
+        return _dense(replace(self, path=""))
 
     def __repr__(self) -> str:
         shape = getattr(self.values, "shape", None)
@@ -110,6 +106,18 @@ class QuantizedArray(CompressedArray):
             f"QuantizedArray({self.qtype.name}[{size}] as {self.float_dtype.name}, "
             f"axis={self.axis}{group}, path={self.path!r})"
         )
+
+
+# Under jit, so that outside of it a new shape is one compilation, and not one an operation;
+# without the path, so that layers of one shape share it.
+@functools.partial(jax.jit, inline=True)
+def _dense(array: QuantizedArray) -> jax.Array:
+    codes = array.numbers().astype(jnp.float32)
+    if array.zero_point is not None:
+        zero = array.zero_point.astype(jnp.float32)
+        codes = codes - expand(zero, codes.shape, array.axis, array.group_size)
+    scale = expand(array.widened().scale, codes.shape, array.axis, array.group_size)
+    return (codes * scale).astype(array.float_dtype)
 
 
 def replace(array: Any, /, **changes: Any) -> Any:
@@ -130,6 +138,20 @@ def quantize_array(
     path: str = "",
 ) -> QuantizedArray:
     """Rounds `w` to nearest with the scales that its format takes."""
+    found = _nearest(w, act_scale, act_offset, qtype, axis, group_size, act)
+    return replace(found, path=path)
+
+
+@functools.partial(jax.jit, inline=True, static_argnums=(3, 4, 5, 6))
+def _nearest(
+    w: jax.Array,
+    act_scale: jax.Array | None,
+    act_offset: jax.Array | None,
+    qtype: QType,
+    axis: Axes,
+    group_size: Axes | None,
+    act: Activation | None,
+) -> QuantizedArray:
     found = fit(w, axis, group_size, qtype)
     return store(
         encode_with(found, w, qtype, axis, group_size),
@@ -141,18 +163,27 @@ def quantize_array(
         group_size=group_size,
         act=act,
         float_dtype=np.dtype(w.dtype),
-        path=path,
     )
 
 
 def encode_with(
-    found: Fit, w: jax.Array, qtype: QType, axis: Axes, group_size: Axes | None
+    found: Fit,
+    w: jax.Array,
+    qtype: QType,
+    axis: Axes,
+    group_size: Axes | None,
+    covered: bool = False,
 ) -> jax.Array:
-    """Numbers of `w` with these scales, and the gradient that the format has in training."""
+    """Numbers of `w` with these scales, and the gradient that the format has in training.
+
+    `covered` says that the scales are constants which no weight exceeds.
+    """
     scale = found.full()
     if isinstance(qtype, TernaryType) or qtype.bits == 1:
         divisor = scale if found.divisor is None else found.divisor
         return encode_through(w, divisor, scale, qtype, axis, group_size)
+    if covered:
+        return encode_through(w, scale, scale, qtype, axis, group_size)
     return encode(w, scale, found.zero_point, qtype, axis, group_size)
 
 

@@ -97,6 +97,18 @@ def _(factor, primals, tangents):
     return primals[0], tangents[0] * factor
 
 
+@jax.custom_jvp
+def _through(numbers: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+    """`numbers`, with the gradient of `w / scale`: none where the scale is not finite."""
+    return numbers
+
+
+@_through.defjvp
+def _(primals, tangents):
+    numbers, _, scale = primals
+    return numbers, tangents[1].astype(jnp.float32) / jnp.where(jnp.isfinite(scale), scale, jnp.inf)
+
+
 def encode_through(
     w: jax.Array,
     divisor: jax.Array,
@@ -107,13 +119,15 @@ def encode_through(
 ) -> jax.Array:
     """Numbers of `w / divisor` whose gradient, times `scale`, is 1 for every weight.
 
-    For formats of two or three numbers: most weights lie beyond the ends, and would never
-    move again (Courbariaux et al., 2015; Li et al., 2016).
+    For scales that no weight exceeds, where the gradient of clipping is 1 anyway and takes
+    a pass over the weights to find out; and for formats of two or three numbers, where most
+    weights lie beyond the ends, and would never move again (Courbariaux et al., 2015; Li et
+    al., 2016).
     """
-    numbers = jax.lax.stop_gradient(encode(w, divisor, None, qtype, axis, group_size))
-    w = w.astype(jnp.float32)
-    through = (w - jax.lax.stop_gradient(w)) / expand(scale, w.shape, axis, group_size)
-    return numbers + jnp.where(jnp.isfinite(through), through, 0.0)
+    frozen = jax.lax.stop_gradient((w, divisor))
+    numbers = encode(*frozen, None, qtype, axis, group_size)
+    scale = jax.lax.stop_gradient(expand(scale, w.shape, axis, group_size))
+    return _through(numbers, w, scale)
 
 
 def range_scale(low: jax.Array, high: jax.Array, qtype: QType) -> tuple[jax.Array, jax.Array]:

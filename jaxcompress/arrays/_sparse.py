@@ -1,5 +1,6 @@
 """What the sparse containers share: kept values that may be the codes of a quantized array."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from jaxcompress.arrays._base import CompressedArray
 from jaxcompress.arrays._packing import pack
 from jaxcompress.arrays._qtype import IntType
-from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._quantized import QuantizedArray, replace
 
 __all__ = ["SparseArray", "codes_or_floats", "fields_of", "stored"]
 
@@ -43,8 +44,13 @@ class SparseArray(CompressedArray):
 
     def materialise(self) -> jax.Array:
         """The dense array that this one stands for, in its logical dtype."""
-        full = self.expanded()
-        return full.materialise() if isinstance(full, QuantizedArray) else full
+        return _dense(replace(self, path=""))
+
+
+@functools.partial(jax.jit, inline=True)  # as `QuantizedArray.materialise` is
+def _dense(array: SparseArray) -> jax.Array:
+    full = array.expanded()
+    return full.materialise() if isinstance(full, QuantizedArray) else full
 
 
 def codes_or_floats(array: jax.Array | QuantizedArray, path: str) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""A product whose backward products run on integers, with stochastically rounded gradients."""
+"""Products whose backward products see gradients that were stochastically rounded."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jaxcompress.arrays._rounding import scale_of
 from jaxcompress.ops._int8_matmul import MAX_K, int8_matmul
 from jaxcompress.ops._quantized_matmul import float_dot
 
-__all__ = ["quantized_gradient_dot", "stochastic_round"]
+__all__ = ["quantized_gradient_convolution", "quantized_gradient_dot", "stochastic_round"]
 
 
 def stochastic_round(x: jax.Array) -> jax.Array:
@@ -57,11 +59,53 @@ quantized_gradient_dot.defvjp(_forward, _backward)
 
 def _times(bits: int, g: jax.Array, codes: jax.Array) -> jax.Array:
     """`g[..., a, b] @ codes[..., b, c]`, each row of `g` rounded with its own scale."""
-    high = 2 ** (bits - 1) - 1
     k = g.shape[-1]
     if k > MAX_K:
         raise ValueError(f"gradients in {bits} bits are summed over at most {MAX_K}; got {k}")
-    scale = scale_of(jnp.max(jnp.abs(g), -1, keepdims=True, initial=0.0), high)
+    rounded, scale = _rounded(bits, g, (-1,))
+    product = int8_matmul(rounded.astype(jnp.int8), codes.astype(jnp.int8))
+    return product.astype(jnp.float32) * scale
+
+
+def _rounded(bits: int, g: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Whole floats of `bits` bits and their scale, one for all along `axes`."""
+    high = 2 ** (bits - 1) - 1
+    g = g.astype(jnp.float32)
+    scale = scale_of(jnp.max(jnp.abs(g), axes, keepdims=True, initial=0.0), high)
     rounded = jnp.clip(stochastic_round(g / scale), -high, high)
-    rounded = jnp.where(jnp.isfinite(rounded), rounded, 0.0).astype(jnp.int8)
-    return int8_matmul(rounded, codes.astype(jnp.int8)).astype(jnp.float32) * scale
+    return jnp.where(jnp.isfinite(rounded), rounded, 0.0), scale
+
+
+def quantized_gradient_convolution(
+    bits: int,
+    convolve: Callable[[jax.Array, jax.Array], jax.Array],
+    batch: int,
+    feature: int,
+    x: jax.Array,
+    w: jax.Array,
+) -> jax.Array:
+    """`convolve(x, w)`; its gradients are convolved as whole floats.
+
+    XLA's convolutions of integers are several times slower on a CPU. The gradient to `x`
+    has a scale for each example, that to `w` one for each feature; `batch` and `feature` are
+    their dimensions in the result.
+    """
+
+    @jax.custom_vjp
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        return convolve(x, w)
+
+    def forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return convolve(x, w), (x, w)
+
+    def backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> Any:
+        back = jax.vjp(convolve, *residuals)[1]
+
+        def rounded(kept: int) -> jax.Array:
+            codes, scale = _rounded(bits, g, [d for d in range(g.ndim) if d != kept])
+            return (codes * scale).astype(g.dtype)
+
+        return back(rounded(batch))[0], back(rounded(feature))[1]
+
+    run.defvjp(forward, backward)
+    return run(x, w)

@@ -215,12 +215,12 @@ def scaled_sums(
 
 def _reference(static, x, w, x_scale, w_scale, zero):
     sums = scaled_sums(
-        _integer_dot, x, w, x_scale, w_scale, zero, static.group_size, static.transpose_w
+        integer_dot, x, w, x_scale, w_scale, zero, static.group_size, static.transpose_w
     )
     return sums.astype(static.dtype)
 
 
-def _integer_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
+def integer_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
     batch = tuple(range(x.ndim - 2))
     contract = ((x.ndim - 1,), (w.ndim - 1 if transpose_w else w.ndim - 2,))
     return lax.dot_general(x, w, (contract, (batch, batch)), preferred_element_type=jnp.int32)

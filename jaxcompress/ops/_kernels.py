@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -97,6 +99,7 @@ def call_kernel(
         given = dict(zip(there, arrays))
         return _vary(kernel(*(given.get(i) for i in range(len(operands)))), *arrays)
 
+    run = run if is_cut else _for_tpus(run)
     explicit = _explicit_mesh(*(operands[i] for i in there))
     if explicit:
         mapped = custom_vmap(_mapped(run, names, explicit))
@@ -123,6 +126,27 @@ def call_kernel(
         return out.reshape(size, b, m, out.shape[-1]), True
 
     return mapped(*(operands[i] for i in there))
+
+
+def _for_tpus(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`run`, in a program for several platforms too.
+
+    There `jax` lowers each branch for all of them, and Pallas refuses to be on a CPU.
+    """
+    return lambda *arrays: _tpu_p.bind(*arrays, jaxpr=jax.make_jaxpr(run)(*arrays))
+
+
+_tpu_p = Primitive("for_tpus")
+_tpu_p.def_impl(lambda *arrays, jaxpr: jax.jit(jaxpr_as_fun(jaxpr))(*arrays)[0])
+_tpu_p.def_abstract_eval(lambda *arrays, jaxpr: jaxpr.out_avals[0])
+
+
+def _lower_for_tpus(ctx, *arrays, jaxpr):
+    only = ctx.replace(module_context=ctx.module_context.replace(platforms=("tpu",)))
+    return mlir.lower_fun(jaxpr_as_fun(jaxpr))(only, *arrays)
+
+
+mlir.register_lowering(_tpu_p, _lower_for_tpus)
 
 
 def _partitioned(run: Callable[..., jax.Array], names: Sequence[str]) -> Callable[..., jax.Array]:

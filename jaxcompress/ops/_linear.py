@@ -17,7 +17,7 @@ from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._rounding import encode, range_scale, scale_of
-from jaxcompress.ops import _int8_matmul, _quantized_matmul
+from jaxcompress.ops import _int8_matmul, _quantized_matmul, _w4a8_matmul
 from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
 from jaxcompress.ops._cpu import cpu_refuses, needs_packing
 from jaxcompress.ops._gradients import quantized_gradient_dot
@@ -30,6 +30,7 @@ from jaxcompress.ops._quantized_matmul import (
     quantized_matmul,
     scaled_dot,
 )
+from jaxcompress.ops._w4a8_matmul import w4a8_matmul
 
 __all__ = ["linear", "plan"]
 
@@ -94,6 +95,8 @@ def plan(
     op, table = "quantized_matmul", _quantized_matmul.table()
     if w.act is not None:
         op, table = "int8_matmul", _int8_matmul.table()
+        if _is_w4a8(_bits(w), w.values, transpose_w):
+            op, table = "w4a8_matmul", _w4a8_matmul.table()
         native, _ = _table(_Static(w.act, group, transpose_w, _bits(w)))
         if native.refuses(problem, platform) is None:
             table = (native,)
@@ -109,6 +112,11 @@ def plan(
 def _bits(w: Weight) -> int:
     """Of a code that `quantized_matmul` gets: other numbers than integers come decoded."""
     return w.qtype.bits if isinstance(w.qtype, IntType) else 8
+
+
+def _is_w4a8(bits: int, values: jax.Array, transpose_w: bool) -> bool:
+    """Whether there is an op for the weight as it is stored: bit planes along the rows."""
+    return bits == 4 and values.dtype == jnp.uint8 and values.ndim <= 3 and not transpose_w
 
 
 def _floats(w: Weight) -> tuple[str, str] | None:
@@ -266,16 +274,24 @@ def _table(static: _Static) -> tuple[Implementation, ...]:
 def _in_steps(static, implementation, x, values, scale, zero, act_scale, act_offset):
     columns = jnp.swapaxes(scale, -1, -2) if static.transpose_w else scale
     zeros = jnp.swapaxes(zero, -1, -2) if static.transpose_w and zero is not None else zero
-    product = lambda x_codes, x_scale: int8_matmul(
-        x_codes.astype(jnp.int8),
-        decode(values, static.bits, x.shape[-1], static.transpose_w, static.panels),
-        x_scale=x_scale,
+    options = dict(
         w_scale=columns,
         w_zero_point=zeros,
         group_size=static.group_size,
-        transpose_w=static.transpose_w,
         implementation=implementation,
     )
+    if _is_w4a8(static.bits, values, static.transpose_w):
+        product = lambda x_codes, x_scale: w4a8_matmul(
+            x_codes.astype(jnp.int8), values, x_scale=x_scale, **options
+        )
+    else:
+        product = lambda x_codes, x_scale: int8_matmul(
+            x_codes.astype(jnp.int8),
+            decode(values, static.bits, x.shape[-1], static.transpose_w, static.panels),
+            x_scale=x_scale,
+            transpose_w=static.transpose_w,
+            **options,
+        )
     return _rows(product, static, x, act_scale, act_offset)
 
 

@@ -25,6 +25,7 @@ from jaxcompress.prune._schedules import (
     periodic,
     polynomial,
 )
+from jaxcompress.prune._shrink import Removable, Removal, removable, shrink
 from jaxcompress.prune._sparsegpt import sparsegpt
 from jaxcompress.prune._straight_through import straight_through
 from jaxcompress.prune._transform import PruneState, SparsifyState, keep, masks, prune, sparsify
@@ -37,6 +38,8 @@ __all__ = [
     "Leaf",
     "Pattern",
     "PruneState",
+    "Removable",
+    "Removal",
     "Schedule",
     "SparsifyState",
     "apply",
@@ -68,9 +71,11 @@ __all__ = [
     "prune",
     "random",
     "regrow",
+    "removable",
     "rigl",
     "row",
     "set_",
+    "shrink",
     "snip",
     "sparsegpt",
     "sparsify",

@@ -314,15 +314,18 @@ def _advance(
     columns = [subtrees(tree, params) for tree in (params, updates, state.masks)]
     columns.append([None] * len(paths) if grads is None else subtrees(grads, params))
     rows = [row for row in zip(paths, *columns) if not is_nothing(row[3])]
-    scores, memory, old = {}, {}, {}
-    for path, p, u, m, g in rows:
+    old = {path: m for path, _, _, m, _ in rows}
+
+    def score(path: str, p: Any, u: Any, grad: Any) -> tuple[jax.Array, Any]:
         # The weight as optax.apply_updates will make it.
         w = (weight_of(p) + weight_of(u)).astype(weight_of(p).dtype)
-        grad = None if g is None else weight_of(g)
-        scores[path], memory[path] = criterion.score(w, grad, state.memory[path])
-        old[path] = m
+        return criterion.score(w, None if grad is None else weight_of(grad), state.memory[path])
+
+    memory = {path: score(path, p, u, g)[1] for path, p, u, _, g in rows}
 
     def anew(_: Any) -> tuple[Any, Any]:
+        # Scored here, where it fuses with the search, and only when masks are due.
+        scores = {path: score(path, p, u, g)[0] for path, p, u, _, g in rows}
         kept = lambda size, share=1.0: schedule.kept(state.count, size, share)
         return choose(scores, pattern, distribution, kept, state.thresholds)
 

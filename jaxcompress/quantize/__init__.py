@@ -2,6 +2,10 @@
 
 from jaxcompress._sequential import Finished
 from jaxcompress.quantize._adaround import adaround
+from jaxcompress.quantize._bias import bias_correct
+from jaxcompress.quantize._brecq import brecq
+from jaxcompress.quantize._equalize import equalize
+from jaxcompress.quantize._fold import fold_batch_norm
 from jaxcompress.quantize._format_specs import (
     binary,
     fp8_e4m3,
@@ -43,11 +47,15 @@ __all__ = [
     "clip_weights",
     "adaround",
     "awq",
+    "bias_correct",
+    "brecq",
     "convert",
     "delayed",
     "dorefa",
     "fp8_e4m3",
     "fp8_e5m2",
+    "equalize",
+    "fold_batch_norm",
     "freeze",
     "freeze_ranges",
     "gptq",

@@ -19,7 +19,7 @@ from jaxcompress.quantize._posttrain import Layer, Progress, layerwise
 from jaxcompress.quantize._scales import full_scales, integers_only, searched_scales
 from jaxcompress.quantize._specs import Spec
 
-__all__ = ["adaround"]
+__all__ = ["adaround", "pull", "soft", "start"]
 
 _STRETCH = 0.1  # how far the rectified sigmoid reaches below 0 and above 1
 _PULL = 1.0  # weight of the term that pulls towards 0 or 1
@@ -117,6 +117,23 @@ def adaround(
     )
 
 
+def soft(v: jax.Array) -> jax.Array:
+    """How far each weight goes up, 0 to 1: a sigmoid that reaches both."""
+    return jnp.clip(jax.nn.sigmoid(v) * (1 + 2 * _STRETCH) - _STRETCH, 0, 1)
+
+
+def start(up: jax.Array) -> jax.Array:
+    """The variable with which `soft` is `up`."""
+    inside = jnp.clip((up + _STRETCH) / (1 + 2 * _STRETCH), 1e-3, 1 - 1e-3)
+    return jnp.log(inside) - jnp.log1p(-inside)
+
+
+def pull(up: jax.Array, t: jax.Array) -> jax.Array:
+    """What pulls towards 0 or 1, ever more sharply, at the share `t` of the steps."""
+    sharpness = 2 + 18 * (1 - jnp.clip((t - 0.2) / 0.8, 0, 1))
+    return jnp.where(t < 0.2, 0.0, _PULL) * jnp.sum(1 - jnp.abs(2 * up - 1) ** sharpness)
+
+
 @functools.partial(jax.jit, static_argnames=("steps", "learning_rate", "low", "high"))
 def _learn(
     real: jax.Array,
@@ -139,17 +156,12 @@ def _learn(
     # In units of what nearest rounding costs a weight, so that one weight of the second
     # term does for all layers.
     unit = jnp.maximum(errors(nearest).sum() / real.size, 1e-30)
-    soft = lambda v: jnp.clip(jax.nn.sigmoid(v) * (1 + 2 * _STRETCH) - _STRETCH, 0, 1)
-    start = jnp.clip((real - below + _STRETCH) / (1 + 2 * _STRETCH), 1e-3, 1 - 1e-3)
-    v = jnp.log(start) - jnp.log1p(-start)
+    v = start(real - below)
     tx = optax.adam(learning_rate)
 
     def loss(v: jax.Array, t: jax.Array) -> jax.Array:
         up = soft(v)
-        sharpness = 2 + 18 * (1 - jnp.clip((t - 0.2) / 0.8, 0, 1))
-        pull = jnp.sum(1 - jnp.abs(2 * up - 1) ** sharpness)
-        fit = errors(jnp.clip(below + up, low, high)).sum() / unit
-        return fit + jnp.where(t < 0.2, 0.0, _PULL) * pull
+        return errors(jnp.clip(below + up, low, high)).sum() / unit + pull(up, t)
 
     def step(state: Any, t: jax.Array) -> Any:
         v, opt = state

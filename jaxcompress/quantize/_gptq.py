@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcompress._matrices import Matrices
 from jaxcompress._statistics import second_moment
 from jaxcompress.arrays import QuantizedArray
 from jaxcompress.arrays._fit import Fit
-from jaxcompress.arrays._granularity import expand, reduce_groups
+from jaxcompress.arrays._granularity import Axes, expand, reduce_groups
 from jaxcompress.arrays._qtype import IntType
 from jaxcompress.arrays._quantized import store
 from jaxcompress.arrays._rounding import encode
@@ -23,6 +24,7 @@ from jaxcompress.quantize._specs import Spec
 
 __all__ = ["Rounding", "checked", "gptq", "inverse_factor", "round_layer"]
 
+_OUTPUTS = 1024  # solved at once
 _TRIES = 5  # dampings, each ten times the one before
 _PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the full scales, that are tried
 
@@ -146,18 +148,20 @@ def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
     axis, group_size, qtype = (static[name] for name in ("axis", "group_size", "qtype"))
     full, zero = full_scales(w, axis, group_size, qtype)
     spread = lambda part: matrices.split(expand(part, w.shape, axis, group_size))
-    offset = None if zero is None else spread(zero)
     dense = matrices.split(w.astype(jnp.float32))
     best: tuple[jax.Array, jax.Array, jax.Array] | None = None
     for part in _PARTS if search else (1.0,):
         scale = full * part
         codes, errors = _columns(
             dense,
-            spread(scale),
-            offset,
+            scale,
+            zero,
             hessian,
             order,
             u,
+            matrices=matrices,
+            axis=axis,
+            group_size=group_size,
             qtype=qtype,
             block_size=min(block_size, matrices.k),
         )
@@ -193,7 +197,9 @@ def _factored(
     return jax.vmap(one)(hessian)
 
 
-@functools.partial(jax.jit, static_argnames=("qtype", "block_size"))
+@functools.partial(
+    jax.jit, static_argnames=("matrices", "axis", "group_size", "qtype", "block_size")
+)
 def _columns(
     w: jax.Array,
     scale: jax.Array,
@@ -202,10 +208,19 @@ def _columns(
     order: jax.Array,
     u: jax.Array,
     *,
+    matrices: Matrices,
+    axis: Axes,
+    group_size: Axes | None,
     qtype: IntType,
     block_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The codes of `w[batch, k, n]`, given a scale for each, and what each output loses."""
+    """The codes of `w[batch, k, n]`, given its scales, and what each output loses.
+
+    Outputs have nothing to do with each other: some after the others take less memory.
+    """
+    # Spread in here: a scale for each weight of a large layer is as much again as the layer.
+    spread = lambda part: matrices.split(expand(part, matrices.shape, axis, group_size))
+    scale, zero = spread(scale), None if zero is None else spread(zero)
 
     def one(
         w: jax.Array,
@@ -215,11 +230,24 @@ def _columns(
         order: jax.Array,
         u: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        pick = lambda part: None if part is None else part[order]
-        codes = _rounded(w[order], scale[order], pick(zero), u, qtype, block_size)
-        codes = codes[jnp.zeros_like(order).at[order].set(jnp.arange(len(w)))]
-        error = (codes if zero is None else codes - zero.astype(jnp.float32)) * scale - w
-        return codes, jnp.sum(error * lax.dot(hessian, error), 0)
+        n = w.shape[1]
+        width = min(n, _OUTPUTS)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(len(w)))
+
+        def outputs(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+            start = jnp.minimum(i * width, n - width)  # the last ones may be solved twice
+            cut = lambda part: lax.dynamic_slice_in_dim(part, start, width, 1)
+            part, scales = cut(w), cut(scale)
+            zeros = None if zero is None else cut(zero).astype(jnp.float32)
+            pick = None if zeros is None else zeros[order]
+            codes = _rounded(part[order], scales[order], pick, u, qtype, block_size)[back]
+            error = (codes if zeros is None else codes - zeros) * scales - part
+            lost = jnp.sum(error * lax.dot(hessian, error), 0)
+            put = lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, start, -1)
+            return put(state[0], codes), put(state[1], lost)
+
+        empty = jnp.zeros(w.shape, jnp.int8), jnp.zeros(n)
+        return lax.fori_loop(0, -(-n // width), outputs, empty)
 
     return jax.vmap(one)(w, scale, zero, hessian, order, u)
 
@@ -266,10 +294,11 @@ def _rounded(
     """The codes of `w[k, n]`, feature by feature; corrections to later blocks wait."""
     k, n = w.shape
     extra = -k % block_size
-    rows = lambda part, fill: jnp.pad(part, ((0, extra), (0, 0)), constant_values=fill)
-    w, scale = rows(w, 0.0), rows(scale, 1.0)
-    zero = None if zero is None else rows(zero.astype(jnp.float32), 0.0)
-    u = jnp.pad(u, ((0, extra), (0, extra))) + jnp.diag(jnp.arange(k + extra) >= k)
+    if extra:
+        rows = lambda part, fill: jnp.pad(part, ((0, extra), (0, 0)), constant_values=fill)
+        w, scale = rows(w, 0.0), rows(scale, 1.0)
+        zero = None if zero is None else rows(zero, 0.0)
+        u = jnp.pad(u, ((0, extra), (0, extra))) + jnp.diag(jnp.arange(k + extra) >= k)
     cut = lambda part, start: lax.dynamic_slice_in_dim(part, start, block_size, 0)
 
     def block(b: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -7,17 +7,41 @@ from typing import Any
 
 import jax
 
+from jaxcompress._calibrate import calibrate
 from jaxcompress._layout import Layout, layout
 from jaxcompress._matrices import Matrices
 from jaxcompress._paths import leaves_with_paths, subtrees
+from jaxcompress._program import Unit, name_of
+from jaxcompress._rules import assign
 from jaxcompress._sequential import Finished, sequential
-from jaxcompress._statistics import Observed, Statistic
+from jaxcompress._statistics import Observed, Statistic, absmax
+from jaxcompress.quantize._quantize import quantize
 from jaxcompress.quantize._resolve import map_rules
 from jaxcompress.quantize._specs import Spec
 
-__all__ = ["Layer", "Progress", "layerwise"]
+__all__ = ["Layer", "Layers", "Method", "Progress", "layerwise", "nearest"]
 
 Progress = Callable[[Finished], Any] | None
+Method = Callable[[Any, Any, Any, Any], Any]  # of `fn, params, batches, rules`, as all of them
+
+
+def nearest(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    rules: Mapping[str, Spec | None],
+) -> Any:
+    """Rounding to nearest in the form of the methods that need data.
+
+    Static activation scales come from the largest magnitudes in `batches`.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there are no batches to learn from")
+    specs = assign(params, rules).values()
+    static = any(isinstance(s, Spec) and s.act is not None and s.act.static for s in specs)
+    stats = calibrate(fn, params, batches, absmax()) if static else None
+    return quantize(params, rules, layout=layout(fn, params, batches[0]), stats=stats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +59,46 @@ class Layer:
         return self.matrices.statistic(self.observed.of(self.name), own)
 
 
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The weights that rules name: `statics` and `layouts` by path, `params` as JAX has them."""
+
+    params: Any
+    statics: dict[str, dict[str, Any]]
+    layouts: dict[str, Layout]
+
+    @classmethod
+    def of(
+        cls,
+        fn: Callable[[Any, Any], Any],
+        params: Any,
+        batches: list[Any],
+        rules: Mapping[str, Spec | None],
+        stats: Any,
+    ) -> "Layers":
+        if not batches:
+            raise ValueError("there are no batches to learn from")
+        found = layout(fn, params, batches[0])
+        statics: dict[str, dict[str, Any]] = {}
+
+        def remember(leaf: jax.Array, **static: Any) -> jax.Array:
+            statics[static["path"]] = static
+            return leaf
+
+        params = map_rules(remember, params, rules, found, stats)
+        paths = [path for path, _ in leaves_with_paths(params)]
+        return cls(params, statics, dict(zip(paths, subtrees(found, params))))
+
+    def layer(self, unit: Unit, leaf: jax.Array, observed: Observed) -> Layer:
+        path, row = unit
+        static = self.statics[path]
+        if row is not None:
+            own = lambda part: None if part is None else part[min(row, part.shape[0] - 1)]
+            static = static | {n: own(static[n]) for n in ("act_scale", "act_offset")}
+        matrices = Matrices.of(leaf.shape, self.layouts[path])
+        return Layer(name_of(unit), leaf, matrices, static, observed)
+
+
 def layerwise(
     fn: Callable[[Any, Any], Any],
     params: Any,
@@ -50,36 +114,20 @@ def layerwise(
 ) -> Any:
     """`solve` for every weight that `rules` name, in the order of the model."""
     batches = list(batches)
-    if not batches:
-        raise ValueError("there are no batches to learn from")
-    found = layout(fn, params, batches[0])
-    statics: dict[str, dict[str, Any]] = {}
+    layers = Layers.of(fn, params, batches, rules, stats)
 
-    def remember(leaf: jax.Array, **static: Any) -> jax.Array:
-        statics[static["path"]] = static
-        return leaf
-
-    params = map_rules(remember, params, rules, found, stats)
-    paths = [path for path, _ in leaves_with_paths(params)]
-    layouts: dict[str, Layout] = dict(zip(paths, subtrees(found, params)))
-
-    def one(path: str, row: int | None, leaf: jax.Array, observed: Observed) -> Any:
-        static = statics[path]
-        if row is not None:
-            own = lambda part: None if part is None else part[min(row, part.shape[0] - 1)]
-            static = static | {n: own(static[n]) for n in ("act_scale", "act_offset")}
-        name = path if row is None else f"{path}[{row}]"
-        matrices = Matrices.of(leaf.shape, layouts[path])
-        return solve(Layer(name, leaf, matrices, static, observed))
+    def one(unit: Unit, leaves: dict[str, Any], observed: Observed) -> dict[str, Any]:
+        name = name_of(unit)
+        return {name: solve(layers.layer(unit, leaves[name], observed))}
 
     return sequential(
         fn,
-        params,
+        layers.params,
         batches,
-        set(statics),
+        set(layers.statics),
         statistic,
         one,
-        identity=[identity, sorted(statics.items())],
+        identity=[identity, sorted(layers.statics.items())],
         resume=resume,
         progress=progress,
     )

@@ -14,6 +14,7 @@ from jaxcompress._accelerate import accelerate
 from jaxcompress._layout import layout
 from jaxcompress._matrices import Matrices
 from jaxcompress._paths import leaves_with_paths, map_with_paths, subtrees
+from jaxcompress._program import Unit, name_of
 from jaxcompress._sequential import sequential
 from jaxcompress._statistics import Observed, second_moment
 from jaxcompress.arrays import is_compressed
@@ -130,7 +131,8 @@ def report(
     met = [path for path in small if found[path] is not None and found[path].contract is not None]
     sums: dict[str, list[float]] = {}
 
-    def measure(path: str, row: int | None, leaf: Any, observed: Observed) -> Any:
+    def measure(unit: Unit, leaves: dict[str, Any], observed: Observed) -> dict[str, Any]:
+        (path, row), leaf = unit, leaves[name_of(unit)]
         matrices = Matrices.of(leaf.shape, found[path])
         decoded = small[path].materialise()
         decoded = decoded if row is None else decoded[row]
@@ -138,7 +140,7 @@ def report(
         for i, part in enumerate((decoded.astype(jnp.float32) - leaf, leaf)):
             w = matrices.split(part.astype(jnp.float32))
             sums.setdefault(path, [0.0, 0.0])[i] += float(jnp.einsum("bkn,bkl,bln->", w, h, w))
-        return leaf
+        return {}
 
     sequential(fn, params, batches, met, second_moment(), measure, identity=None, skip_unmet=True)
     rows = tuple(_row(path, leaf, dense[path], sums.get(path)) for path, leaf in small.items())

@@ -115,5 +115,10 @@ def _refuse_non_finite(path: str, leaf: Any) -> None:
     """Outside jit only; inside, a channel that is not finite becomes NaN as a whole."""
     if isinstance(leaf, jax.core.Tracer):
         return
-    if not bool(jnp.isfinite(leaf).all()):
+    if not bool(_finite(leaf)):
         raise ValueError(f"{path!r} holds NaN or infinity, which no scale can represent")
+
+
+@jax.jit
+def _finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()

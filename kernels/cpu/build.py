@@ -38,12 +38,24 @@ FLAGS = (
     "-Wextra",
 )
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-_PORTABLE = {"ffi.cc": (), "matmul.cc": (), "paths.cc": (), "path_portable.cc": ()}
+# Sums of products of floats, which no two of these give to the same bit.
+_FUSED = ("-ffp-contract=fast",)
+_PORTABLE = {
+    "ffi.cc": (),
+    "matmul.cc": (),
+    "sparse.cc": (),
+    "blocks.cc": (),
+    "paths.cc": (),
+    "path_portable.cc": (),
+    "sparse_portable.cc": _FUSED,
+}
 _X86 = {
     "path_avx512vnni.cc": (*_AVX512, "-mprefer-vector-width=512"),
     "path_avx512vnni256.cc": _AVX512,
     "path_avxvnni.cc": ("-mavx2",),
     "path_avx2.cc": ("-mavx2",),
+    "sparse_avx512.cc": (*_AVX512, *_FUSED),
+    "sparse_avx2.cc": ("-mavx2", "-mfma", *_FUSED),
 }
 
 

@@ -1,8 +1,8 @@
-"""The call of the native library as one JAX primitive: mapped, sharded, exported.
+"""The calls of the native library as one JAX primitive: mapped, sharded, exported.
 
-Operands are `x[b, m, k]`, the weight's bytes with the same leading `b`, and for a scaled
-product `scale[b, g, n]`, `zero[b, g, n]` and `x_scale[b, 1, 1]`, the last two only if the
-call has them. The result is `[b, m, n]`.
+Operands are `x[b, m, k]`, the weight's arrays with the same leading `b`, and whatever else a
+kind of call takes, with it too. The result is `[b, m, n]`. A kind of call is a hashable
+dataclass: `DenseCall` here, others beside their kernels.
 
 A batch that only `x` has becomes rows; a weight is not copied for it. Sharded over devices,
 each computes its rows, columns and batches, and `k` is gathered. A program that is exported
@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,43 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["COLUMN_MAJOR", "PANELS", "ROW_MAJOR", "Call", "native_matmul"]
+__all__ = ["COLUMN_MAJOR", "PANELS", "ROW_MAJOR", "Call", "DenseCall", "aligned", "native_matmul"]
 
 PANELS, ROW_MAJOR, COLUMN_MAJOR = 0, 1, 2  # as in matmul.h
 
 
+class Call(Protocol):
+    """What is static about a call, and what depends on its kind."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def dtype(self) -> Any:
+        """Of the result."""
+
+    def columns(self, *operands: Any) -> int:
+        """`n`, as far as the operands say it."""
+
+    def columns_sharding(self, *operands: Any) -> Any:
+        """The mesh axes along which the types of the operands cut `n`."""
+
+    def run(self, *operands: jax.Array) -> jax.Array:
+        """The foreign call itself."""
+
+    def specs(self, mesh: Any, batch: Any, m: Any, n: Any, columns: int) -> tuple[Any, list[Any]]:
+        """The axes of `n` that can be cut, of those asked for, and those of every operand."""
+
+    def rule(self, columns: int) -> str:
+        """The operands of the partitioner's rule, then `n` of the result."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """What is static about a call; `integers` is the exact product of int8 rows."""
+class DenseCall:
+    """A product of codes: the weight's bytes, and for a scaled one `scale[b, g, n]`,
+    `zero[b, g, n]` and `x_scale[b, 1, 1]`, the last two only if the call has them.
+
+    `integers` is the exact product of int8 rows, without scales.
+    """
 
     integers: bool
     layout: int
@@ -50,11 +79,73 @@ class Call:
         return jnp.dtype(jnp.int32 if self.integers else jnp.float32)
 
     def columns(self, *operands: Any) -> int:
-        """`n`, as far as an operand says it: panels are filled up to a multiple of 16."""
+        # Panels are filled up to a multiple of 16.
         w_shape = operands[1].shape
         if not self.integers:
             return operands[2].shape[-1]
         return w_shape[1] if self.layout == COLUMN_MAJOR else w_shape[-1]
+
+    def columns_sharding(self, *operands: Any) -> Any:
+        return operands[1].sharding.spec[2 if self.layout == ROW_MAJOR else 1]
+
+    def run(self, *operands: jax.Array) -> jax.Array:
+        x, w, *rest = operands
+        b, m, k = x.shape
+        group = k if self.group_size is None else min(self.group_size, k)
+        groups = -(-k // group) if k else 1
+        rows = b * m * self.digits
+        # As Problem::scratch_bytes has it: rows of codes, sums of the groups, scales.
+        sizes = (rows * (-(-k // 64) * 64 + 64), 4 * rows * groups, 4 * b * m)
+        scratch = jax.ShapeDtypeStruct((sum(map(aligned, sizes)),), jnp.uint8)
+        out = jax.ShapeDtypeStruct((b, m, self.columns(*operands)), self.dtype)
+        if self.integers:
+            run = jax.ffi.ffi_call("jaxcompress_int8_matmul", (out, scratch))
+            return run(x, w, layout=np.int64(self.layout), path=self.path)[0]
+        scale, *rest = rest
+        zero = rest.pop(0) if self.has_zero else jnp.zeros(0, jnp.int8)
+        x_scale = rest.pop(0) if self.has_x_scale else jnp.zeros(0, jnp.float32)
+        run = jax.ffi.ffi_call("jaxcompress_quantized_matmul", (out, scratch))
+        return run(
+            x,
+            w,
+            scale,
+            zero,
+            x_scale,
+            path=self.path,
+            layout=np.int64(self.layout),
+            bits=np.int64(self.bits),
+            group_size=np.int64(group),
+            digits=np.int64(self.digits),
+            high=np.int64(self.high),
+        )[0]
+
+    def specs(self, mesh: Any, batch: Any, m: Any, n: Any, columns: int) -> tuple[Any, list[Any]]:
+        n = n if self._cuts(mesh, n, columns) else None
+        spec = {PANELS: (batch, n, None, None, None), ROW_MAJOR: (batch, None, n)}
+        w = spec.get(self.layout, (batch, n, None))
+        scales = [(batch, None, n)] * (0 if self.integers else 1 + self.has_zero)
+        return n, [(batch, m, None), w, *scales, *[(batch, None, None)] * self.has_x_scale]
+
+    def _cuts(self, mesh: Any, axes: Any, n: int) -> bool:
+        """Whether the columns can be cut: panels only between two of them."""
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[name] for name in names)
+        return n % (parts * (16 if self.layout == PANELS else 1)) == 0
+
+    def rule(self, columns: int) -> str:
+        n, panels = "n", "b u q v i"
+        if self.layout == PANELS and columns % 16 == 0:
+            n, panels = "(p c)", "b p q c i"
+        w = {PANELS: panels, ROW_MAJOR: f"b r {n}", COLUMN_MAJOR: f"b {n} r"}[self.layout]
+        terms = ["b m k", w]
+        terms += [f"b g {n}", f"b h {n}"][: 0 if self.integers else 1 + self.has_zero]
+        terms += ["b s t"] * self.has_x_scale
+        return f"{', '.join(terms)} -> b m {n}"
+
+
+def aligned(size: int) -> int:
+    """Bytes of a part of a scratch buffer, as the native side lays it out."""
+    return -(-size // 64) * 64
 
 
 def native_matmul(call: Call, otherwise: Callable[..., jax.Array], *operands: Any) -> jax.Array:
@@ -92,20 +183,16 @@ def _impl(*operands, call, otherwise):
 
 @_matmul_p.def_abstract_eval
 def _abstract(*operands, call, otherwise):
-    x, w, n = operands[0], operands[1], call.columns(*operands)
-    spec = PartitionSpec(x.sharding.spec[0], x.sharding.spec[1], w.sharding.spec[_N[call.layout]])
+    x, n = operands[0], call.columns(*operands)
+    spec = PartitionSpec(*x.sharding.spec[:2], call.columns_sharding(*operands))
     out = x.update(shape=(*x.shape[:2], n), dtype=call.dtype)
     return out.update(sharding=x.sharding.update(spec=spec), weak_type=False)
-
-
-# Where a weight has its columns.
-_N = {PANELS: 1, ROW_MAJOR: 2, COLUMN_MAJOR: 1}
 
 
 def _lower(ctx, *operands, call, otherwise):
     if ctx.module_context.lowering_parameters.for_export:
         return _lower_otherwise(ctx, *operands, call=call, otherwise=otherwise)
-    return mlir.lower_fun(functools.partial(_run, call), multiple_results=False)(ctx, *operands)
+    return mlir.lower_fun(call.run, multiple_results=False)(ctx, *operands)
 
 
 def _lower_otherwise(ctx, *operands, call, otherwise):
@@ -140,39 +227,6 @@ def _mapped(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., ja
     return run
 
 
-def _run(call: Call, *operands: jax.Array) -> jax.Array:
-    """The foreign call itself."""
-    x, w, *rest = operands
-    b, m, k = x.shape
-    group = k if call.group_size is None else min(call.group_size, k)
-    groups = -(-k // group) if k else 1
-    rows = b * m * call.digits
-    # As Problem::scratch_bytes has it: rows of codes, sums of the groups, scales.
-    sizes = (rows * (-(-k // 64) * 64 + 64), 4 * rows * groups, 4 * b * m)
-    scratch = jax.ShapeDtypeStruct((sum(-(-size // 64) * 64 for size in sizes),), jnp.uint8)
-    out = jax.ShapeDtypeStruct((b, m, call.columns(*operands)), call.dtype)
-    if call.integers:
-        run = jax.ffi.ffi_call("jaxcompress_int8_matmul", (out, scratch))
-        return run(x, w, layout=np.int64(call.layout), path=call.path)[0]
-    scale, *rest = rest
-    zero = rest.pop(0) if call.has_zero else jnp.zeros(0, jnp.int8)
-    x_scale = rest.pop(0) if call.has_x_scale else jnp.zeros(0, jnp.float32)
-    run = jax.ffi.ffi_call("jaxcompress_quantized_matmul", (out, scratch))
-    return run(
-        x,
-        w,
-        scale,
-        zero,
-        x_scale,
-        path=call.path,
-        layout=np.int64(call.layout),
-        bits=np.int64(call.bits),
-        group_size=np.int64(group),
-        digits=np.int64(call.digits),
-        high=np.int64(call.high),
-    )[0]
-
-
 def _partitioned(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Rows, columns and batches may be cut; what is contracted is gathered."""
     bind = functools.partial(_matmul_p.bind, call=call, otherwise=otherwise)
@@ -180,32 +234,12 @@ def _partitioned(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..
 
     def partition(mesh, args, result):
         batch, m, n = (*result.sharding.spec, None, None, None)[:3]
-        n = n if _cuts(mesh, n, result.shape[-1], call) else None
-        spec = {PANELS: (batch, n, None, None, None), ROW_MAJOR: (batch, None, n)}
-        w = spec.get(call.layout, (batch, n, None))
-        columns = [(batch, None, n)] * (0 if call.integers else 1 + call.has_zero)
-        specs = [(batch, m, None), w, *columns, *[(batch, None, None)] * call.has_x_scale]
+        n, specs = call.specs(mesh, batch, m, n, result.shape[-1])
         place = lambda s: NamedSharding(mesh, PartitionSpec(*s))
         return mesh, bind, place((batch, m, n)), tuple(map(place, specs))
 
-    run.def_partition(partition, sharding_rule=functools.partial(_sharding_rule, call))
+    def rule(mesh, operand_types, result_types):
+        return call.rule(result_types[0].shape[-1])
+
+    run.def_partition(partition, sharding_rule=rule)
     return run
-
-
-def _cuts(mesh: Any, axes: Any, n: int, call: Call) -> bool:
-    """Whether the columns can be cut: panels only between two of them."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    parts = math.prod(mesh.shape[name] for name in names)
-    return n % (parts * (16 if call.layout == PANELS else 1)) == 0
-
-
-def _sharding_rule(call, mesh, operand_types, result_types):
-    whole = result_types[0].shape[-1] % 16 == 0
-    columns, panels = "n", "b u q v i"
-    if call.layout == PANELS and whole:
-        columns, panels = "(p c)", "b p q c i"
-    w = {PANELS: panels, ROW_MAJOR: f"b r {columns}", COLUMN_MAJOR: f"b {columns} r"}[call.layout]
-    terms = ["b m k", w]
-    terms += [f"b g {columns}", f"b h {columns}"][: 0 if call.integers else 1 + call.has_zero]
-    terms += ["b s t"] * call.has_x_scale
-    return ", ".join(terms) + f" -> b m {columns}"

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "matmul.h"
+#include "sparse.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -145,6 +146,85 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::A
   return ffi::Error::Success();
 }
 
+ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
+                        ffi::Buffer<ffi::U16> places, ffi::Buffer<ffi::S32> starts,
+                        ffi::Buffer<ffi::U8> columns, ffi::Buffer<ffi::F32> scale,
+                        ffi::Buffer<ffi::F32> x_scale,
+                        ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::U8> scratch,
+                        int64_t high, int64_t part, std::string_view path_name) {
+  Problem shape{};
+  ffi::Error error = describe(x.dimensions(), out->dimensions(), 0, &shape);
+  if (error.failure()) return error;
+  SparseProblem p{};
+  p.batch = shape.batch;
+  p.m = shape.m;
+  p.k = shape.k;
+  p.n = shape.n;
+  p.quantized = high > 0;
+  if (part < 1) return invalid("a part has one entry along k or more");
+  p.part = static_cast<size_t>(part);
+  const bool floats = values.element_type() == ffi::DataType::F32;
+  if (!floats && values.element_type() != ffi::DataType::S8) {
+    return invalid("the values of a sparse matrix are float32 or int8");
+  }
+  if (p.batch > 0) p.kept = values.element_count() / p.batch;
+  const bool given = x_scale.element_count() > 0;
+  if (p.k > 65536) return invalid("a sparse matrix has 65536 rows at most");
+  if (values.element_count() != p.batch * p.kept || places.element_count() != p.batch * p.kept) {
+    return invalid("the values and the places of a sparse matrix differ in number");
+  }
+  if (starts.element_count() != p.batch * p.starts()) {
+    return invalid("expected a start for each column and part, and one more");
+  }
+  if (columns.element_count() != p.batch * (p.starts() - 1)) {
+    return invalid("expected a column for each run");
+  }
+  if (scale.element_count() != (floats ? 0 : p.batch * p.n)) {
+    return invalid("expected a scale a column of codes, and none of floats");
+  }
+  if (given && x_scale.element_count() != p.batch) return invalid("expected an activation scale a batch");
+  if (high < 0 || high > 127) return invalid("the largest code of an activation is 1 to 127");
+  if (p.quantized && floats) return invalid("codes of activations are multiplied by codes");
+  if (scratch->element_count() < p.scratch_bytes()) return invalid("the scratch buffer is too small");
+  const Path* path = find_path(std::string(path_name).c_str());
+  if (!path) return invalid("this CPU has no path " + std::string(path_name));
+  const SparseWeights weights = {starts.typed_data(), columns.typed_data(), places.typed_data(),
+                                 floats ? static_cast<const float*>(values.untyped_data()) : nullptr,
+                                 floats ? nullptr : static_cast<const int8_t*>(values.untyped_data()),
+                                 floats ? nullptr : scale.typed_data()};
+  const SparseRows rows = {x.typed_data(), static_cast<float>(high),
+                           given ? x_scale.typed_data() : nullptr};
+  if (!multiply(*path, p, rows, weights, workers_of(pool), scratch->typed_data(),
+                out->typed_data())) {
+    return invalid("the runs of a sparse matrix leave its values, columns or rows");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error BlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> values,
+                       ffi::Buffer<ffi::S32> rows, ffi::ResultBuffer<ffi::F32> out, int64_t height,
+                       int64_t width, std::string_view path_name) {
+  Problem shape{};
+  ffi::Error error = describe(x.dimensions(), out->dimensions(), 0, &shape);
+  if (error.failure()) return error;
+  if (height < 1 || width < 16 || width % 16) return invalid("blocks are multiples of 16 wide");
+  BlockProblem p{shape.batch, shape.m, shape.k, shape.n, static_cast<size_t>(height),
+                 static_cast<size_t>(width), 0};
+  const size_t columns = p.batch * p.across();
+  if (columns > 0) p.slots = rows.element_count() / columns;
+  if (rows.element_count() != columns * p.slots) return invalid("expected rows of every column");
+  if (values.element_count() != columns * p.slots * p.height * p.width) {
+    return invalid("the values are not those of the blocks");
+  }
+  const Path* path = find_path(std::string(path_name).c_str());
+  if (!path) return invalid("this CPU has no path " + std::string(path_name));
+  if (!multiply(*path, p, x.typed_data(), values.typed_data(), rows.typed_data(), workers_of(pool),
+                out->typed_data())) {
+    return invalid("a row of blocks is not in the matrix");
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxcompress
 
@@ -176,6 +256,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_quantized_matmul, jaxcompress::Quantiz
                                   .Attr<int64_t>("group_size")
                                   .Attr<int64_t>("digits")
                                   .Attr<int64_t>("high")
+                                  .Attr<std::string_view>("path"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_sparse_matmul, jaxcompress::SparseMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U16>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .Attr<int64_t>("high")
+                                  .Attr<int64_t>("part")
+                                  .Attr<std::string_view>("path"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_block_matmul, jaxcompress::BlockMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("height")
+                                  .Attr<int64_t>("width")
                                   .Attr<std::string_view>("path"));
 
 // The name of the path that runs for `name` ("" for the best), or "" if this CPU lacks it.

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "path.h"
+#include "sparse_path.h"
 
 namespace jaxcompress {
 namespace {
@@ -251,8 +252,8 @@ void sum(const int8_t* codes, size_t k, size_t group, int32_t* sums) {
 }
 
 // What a path shares with the others; it adds its tile.
-#define JAXCOMPRESS_PATH(name, rows, tile, tile4) \
-  {name, rows, tile, tile4, quantize, decode, gather, start, scale, finish, join, sum}
+#define JAXCOMPRESS_PATH(name, rows, tile, tile4, sparse) \
+  {name, rows, tile, tile4, quantize, decode, gather, start, scale, finish, join, sum, &sparse}
 
 }  // namespace
 }  // namespace jaxcompress

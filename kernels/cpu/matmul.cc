@@ -14,16 +14,6 @@ constexpr size_t kRowBlock = 96;
 // Up to this many rows, decoding in registers, for every tile, costs less than a trip through
 // the cache.
 constexpr size_t kFewRows = 24;
-// Products below this many stay on the calling thread: waking another takes longer.
-constexpr size_t kSmall = size_t{1} << 20;
-
-size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-void each(const Workers& workers, bool alone, size_t tasks, const std::function<void(size_t)>& fn) {
-  if (!alone && workers.threads > 1 && tasks > 1) return workers.run(tasks, fn);
-  for (size_t i = 0; i < tasks; ++i) fn(i);
-}
-
 // `fn(row)` of all batches' rows of floats, several a task.
 void each_row(const Workers& workers, const Problem& p, const std::function<void(size_t)>& fn) {
   constexpr size_t kChunk = 8;

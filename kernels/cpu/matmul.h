@@ -17,6 +17,19 @@ struct Workers {
   std::function<void(size_t tasks, const std::function<void(size_t)>&)> run;
 };
 
+// Products below this many stay on the calling thread: waking another takes longer.
+constexpr size_t kSmall = size_t{1} << 20;
+
+// The tasks in turn if `alone` or if there is one thread, else on all threads.
+inline void each(const Workers& workers, bool alone, size_t tasks,
+                 const std::function<void(size_t)>& fn) {
+  if (!alone && workers.threads > 1 && tasks > 1) return workers.run(tasks, fn);
+  for (size_t i = 0; i < tasks; ++i) fn(i);
+}
+
+// Bytes of a part of a scratch buffer, the next of which begins on a line.
+inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 enum class Layout {
   kPanels = 0,       // [n / 16][quads][16][4]: what kernels/cpu/panels.py makes
   kRowMajor = 1,     // [k, n], or bit planes along k

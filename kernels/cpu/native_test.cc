@@ -1,6 +1,7 @@
 // The native code against textbook loops, on every path that this CPU has, without Python or
 // XLA: what the sanitizers run. One line a path; the exit status says whether all agree.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +11,8 @@
 #include <vector>
 
 #include "matmul.h"
+#include "sparse.h"
+#include "sparse_path.h"
 
 namespace jaxcompress {
 namespace {
@@ -170,6 +173,156 @@ void check_quantize(const Path& path) {
   if (path.quantize(none, 3, 1, 127.0f, nullptr, codes, 64) != 1.0f) fail("scale of zeros");
 }
 
+// The weight of a sparse product, whole numbers: float sums without a rounding.
+struct Sparse {
+  std::vector<float> dense;  // [batch][n][k]
+  std::vector<int32_t> starts;
+  std::vector<uint8_t> columns;
+  std::vector<uint16_t> places;
+  std::vector<float> values;
+  std::vector<int8_t> codes;
+};
+
+Sparse make_sparse(const SparseProblem& p, int every) {
+  Sparse s;
+  s.dense = buffer<float>(p.batch * p.n * p.k);
+  s.starts = buffer<int32_t>(p.batch * p.starts());
+  s.columns = buffer<uint8_t>(p.batch * (p.starts() - 1));
+  s.places = buffer<uint16_t>(p.batch * p.kept);
+  s.values = buffer<float>(p.batch * p.kept);
+  s.codes = buffer<int8_t>(p.batch * p.kept);
+  for (size_t b = 0; b < p.batch; ++b) {
+    size_t next = 0;
+    int32_t* start = s.starts.data() + b * p.starts();
+    uint8_t* column = s.columns.data() + b * (p.starts() - 1);
+    auto put = [&](size_t n, size_t k, int code) {
+      s.dense[(b * p.n + n) * p.k + k] += static_cast<float>(code);
+      s.places[b * p.kept + next] = static_cast<uint16_t>(k);
+      s.values[b * p.kept + next] = static_cast<float>(code);
+      s.codes[b * p.kept + next++] = static_cast<int8_t>(code);
+    };
+    for (size_t group = 0; group < p.n; group += kGroup) {
+      const size_t end = std::min(p.n, group + kGroup);
+      for (size_t first = 0; first < p.k; first += p.part) {
+        for (size_t n = end; n-- > group;) {  // any order of a group's columns
+          *start++ = static_cast<int32_t>(next);
+          *column++ = static_cast<uint8_t>(n - group);
+          for (size_t k = first; k < std::min(p.k, first + p.part); ++k) {
+            if (next + kFill <= p.kept && !any(0, every)) put(n, k, any(-128, 127));
+          }
+          while (next % kFill) put(n, first, 0);
+        }
+      }
+    }
+    *start = static_cast<int32_t>(next);
+  }
+  return s;
+}
+
+void check_sparse_case(const Path& path, SparseProblem p, bool floats) {
+  const Sparse s = make_sparse(p, any(0, 8));
+  auto scale = buffer<float>(p.batch * p.n);
+  for (auto& v : scale) v = std::ldexp(1.0f, any(-2, 2));
+  auto x = buffer<float>(p.batch * p.m * p.k);
+  for (auto& v : x) v = static_cast<float>(any(-126, 126));
+  for (size_t row = 0; p.k > 0 && row < p.batch * p.m; ++row) x[row * p.k] = 127.0f;
+  auto out = buffer<float>(p.batch * p.m * p.n);
+  auto scratch = buffer<uint8_t>(p.scratch_bytes() + 64);
+  uint8_t* start = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
+  const SparseRows rows = {x.data(), 127.0f, nullptr};
+  SparseWeights weights = {s.starts.data(), s.columns.data(), s.places.data(), floats ? s.values.data() : nullptr,
+                           floats ? nullptr : s.codes.data(), floats ? nullptr : scale.data()};
+  if (!multiply(path, p, rows, weights, workers(), start, out.data())) fail("valid runs");
+  for (size_t i = 0; i < out.size(); ++i) {
+    const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
+    double want = 0;
+    for (size_t k = 0; k < p.k; ++k) {
+      want += static_cast<double>(x[row * p.k + k]) * s.dense[(b * p.n + n) * p.k + k];
+    }
+    if (!floats) want *= scale[b * p.n + n];
+    if (std::fabs(out[i] - want) > 1e-6 * (1 + std::fabs(want))) fail("a sparse sum");
+  }
+  if (out.empty() || p.k == 0) return;
+  auto starts = s.starts;
+  for (const int32_t wrong : {-4, static_cast<int32_t>(p.kept) / 4 * 4 + 4, 2}) {
+    starts[p.starts() - 1] = wrong;
+    weights.starts = starts.data();
+    if (multiply(path, p, rows, weights, workers(), start, out.data())) fail("runs that leave");
+  }
+  auto columns = s.columns;
+  columns[0] = static_cast<uint8_t>(std::min(p.n, kGroup));
+  weights.starts = s.starts.data();
+  weights.columns = columns.data();
+  if (multiply(path, p, rows, weights, workers(), start, out.data())) fail("columns that leave");
+  weights.columns = s.columns.data();
+  auto places = s.places;
+  if (s.starts[p.starts() - 1] == 0) return;
+  places[0] = static_cast<uint16_t>(p.k);
+  weights.places = places.data();
+  if (multiply(path, p, rows, weights, workers(), start, out.data())) fail("places that leave");
+}
+
+void check_blocks(const Path& path) {
+  const size_t sizes[][7] = {// batch, m, k, n, height, width, slots
+                             {1, 1, 8, 16, 8, 16, 1},    {1, 7, 20, 33, 8, 16, 2},
+                             {2, 13, 64, 100, 16, 48, 3}, {1, 100, 30, 130, 7, 64, 2},
+                             {1, 3, 40, 300, 4, 144, 5},  {1, 5, 8, 20, 4, 16, 0},
+                             {1, 0, 8, 16, 8, 16, 1}};
+  for (const auto& size : sizes) {
+    const BlockProblem p = {size[0], size[1], size[2], size[3], size[4], size[5], size[6]};
+    const size_t columns = p.batch * p.across();
+    auto x = buffer<float>(p.batch * p.m * p.k);
+    auto values = buffer<float>(columns * p.slots * p.height * p.width);
+    auto rows = buffer<int32_t>(columns * p.slots);
+    auto out = buffer<float>(p.batch * p.m * p.n);
+    for (auto& v : x) v = static_cast<float>(any(-99, 99));
+    for (auto& v : values) v = static_cast<float>(any(-99, 99));
+    for (auto& r : rows) r = any(0, static_cast<int>((p.k + p.height - 1) / p.height) - 1);
+    if (!multiply(path, p, x.data(), values.data(), rows.data(), workers(), out.data())) {
+      fail("valid blocks");
+    }
+    for (size_t i = 0; i < out.size(); ++i) {
+      const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
+      double want = 0;
+      for (size_t s = 0; s < p.slots; ++s) {
+        const size_t block = (b * p.across() + n / p.width) * p.slots + s;
+        for (size_t h = 0; h < p.height; ++h) {
+          const size_t k = static_cast<size_t>(rows[block]) * p.height + h;
+          if (k >= p.k) continue;
+          want += static_cast<double>(x[row * p.k + k]) *
+                  values[(block * p.height + h) * p.width + n % p.width];
+        }
+      }
+      if (out[i] != want) fail("a sum of blocks");
+    }
+    if (rows.empty() || out.empty()) continue;
+    for (const int32_t wrong : {-1, static_cast<int32_t>((p.k + p.height - 1) / p.height)}) {
+      rows[0] = wrong;
+      if (multiply(path, p, x.data(), values.data(), rows.data(), workers(), out.data())) {
+        fail("blocks that leave");
+      }
+    }
+  }
+  std::printf("%-14s %zu products of blocks agree\n", path.name, std::size(sizes));
+}
+
+void check_sparse(const Path& path) {
+  const size_t sizes[][5] = {// batch, m, k, n, kept
+                             {1, 1, 1, 1, 1},      {1, 1, 260, 33, 900}, {2, 2, 63, 17, 200},
+                             {1, 7, 20, 16, 99},   {3, 13, 64, 5, 40},   {1, 33, 70, 18, 700},
+                             {1, 64, 16, 64, 300}, {1, 70, 31, 9, 80},   {1, 129, 19, 40, 500},
+                             {2, 3, 0, 4, 0},      {1, 0, 8, 8, 3},      {1, 20, 2100, 7, 900},
+                             {1, 18, 4100, 3, 800}};
+  size_t cases = 0;
+  for (const auto& size : sizes) {
+    for (int kind = 0; kind < 3; ++kind, ++cases) {
+      const SparseProblem p = {size[0], size[1], size[2], size[3], kind == 1 ? size_t{32} : size_t{256}, size[4], kind == 2};
+      check_sparse_case(path, p, kind == 0);
+    }
+  }
+  std::printf("%-14s %zu sparse products agree\n", path.name, cases);
+}
+
 }  // namespace
 }  // namespace jaxcompress
 
@@ -182,5 +335,7 @@ int main() {
     }
     jaxcompress::check_quantize(*path);
     jaxcompress::check_path(*path);
+    jaxcompress::check_sparse(*path);
+    jaxcompress::check_blocks(*path);
   }
 }

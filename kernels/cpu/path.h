@@ -28,6 +28,8 @@ struct Rows {
   size_t stride;
 };
 
+struct SparsePath;
+
 struct Path {
   const char* name;
   // Rows that `tile` takes at once at most.
@@ -77,6 +79,9 @@ struct Path {
 
   // Sums of `group` codes each, the last group shorter.
   void (*sum)(const int8_t* codes, size_t k, size_t group, int32_t* sums);
+
+  // The loops of sparse products, sparse_path.h.
+  const SparsePath* sparse;
 };
 
 // The path of this name, or the best there is for an empty one; null if this CPU lacks it.

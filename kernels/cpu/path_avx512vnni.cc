@@ -130,6 +130,6 @@ void tile4(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pi
 
 }  // namespace
 
-extern const Path kAvx512Vnni = JAXCOMPRESS_PATH("avx512vnni", 6, tile, tile4);
+extern const Path kAvx512Vnni = JAXCOMPRESS_PATH("avx512vnni", 6, tile, tile4, kSparseAvx512);
 
 }  // namespace jaxcompress

@@ -23,7 +23,7 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 // Asked for by hand: not every compiler knows it by name.
 bool has_avxvnni() {

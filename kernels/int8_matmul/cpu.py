@@ -5,7 +5,7 @@ import functools
 import jax
 
 from jaxcompress.kernels import cpu
-from jaxcompress.kernels.cpu.call import COLUMN_MAJOR, ROW_MAJOR, Call, native_matmul
+from jaxcompress.kernels.cpu.call import COLUMN_MAJOR, ROW_MAJOR, DenseCall, native_matmul
 from jaxcompress.kernels.int8_matmul import xla
 
 __all__ = ["int8_matmul"]
@@ -17,7 +17,7 @@ def int8_matmul(x: jax.Array, w: jax.Array, *, transpose_w: bool = False) -> jax
     With `transpose_w`, `w[..., n, k]`. Leading dimensions are batch dimensions.
     """
     layout = COLUMN_MAJOR if transpose_w else ROW_MAJOR
-    call = Call(integers=True, layout=layout, path=cpu.path())
+    call = DenseCall(integers=True, layout=layout, path=cpu.path())
     flat = (a.reshape(-1, *a.shape[-2:]) if a.ndim != 3 else a for a in (x, w))
     out = native_matmul(call, _by_xla(transpose_w), *flat)
     return out.reshape(*x.shape[:-1], out.shape[-1])

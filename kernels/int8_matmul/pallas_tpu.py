@@ -41,6 +41,8 @@ def blocks(m: int, n: int, k: int, chip: str | None = None) -> tuple[int, int, i
     # A block may be the whole of a dimension, whatever its size; and one that divides `k`
     # needs no zeros.
     whole = [c for c in range(block_k, 127, -128) if k % c == 0]
+    if k % 32:  # XLA stores w in tiles of eight rows: to repack more of them spills
+        block_k = min(block_k, 256)
     tiles = lambda size, tile: size if size <= tile else -(-size // tile) * tile
     return (
         min(tiles(m, _ROWS), block_m),

@@ -29,8 +29,8 @@ class Blocks(NamedTuple):
 # 128 x 128 spills on sm_80, with eight it does not. No device has measured them.
 BLOCKS = {
     "8.0": Blocks(128, 128, 64, 8, 3),
-    "8.6": Blocks(128, 64, 64, 4, 3),
-    "8.9": Blocks(128, 64, 64, 4, 3),
+    "8.6": Blocks(64, 128, 64, 4, 3),
+    "8.9": Blocks(64, 128, 64, 4, 3),
     "9.0": Blocks(128, 128, 128, 8, 3),
     "10.0": Blocks(128, 128, 128, 8, 3),
     "12.0": Blocks(128, 64, 64, 4, 3),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.kernels import cpu
-from jaxcompress.kernels.cpu.call import COLUMN_MAJOR, PANELS, ROW_MAJOR, Call, native_matmul
+from jaxcompress.kernels.cpu.call import COLUMN_MAJOR, PANELS, ROW_MAJOR, DenseCall, native_matmul
 
 __all__ = ["quantized_matmul"]
 
@@ -58,7 +58,7 @@ def quantized_matmul(
         s = jnp.swapaxes(s, -1, -2) if transpose_w else s
         return jnp.broadcast_to(flat(s), (b, groups, n))
 
-    call = Call(
+    call = DenseCall(
         integers=False,
         layout=PANELS if panels is not None else COLUMN_MAJOR if transpose_w else ROW_MAJOR,
         path=cpu.path(),

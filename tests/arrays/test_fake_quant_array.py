@@ -8,7 +8,7 @@ import pytest
 import jaxcompress as jc
 import oracles
 from checks import assert_valid, quantized, random
-from jaxcompress.arrays import IntType
+from jaxcompress.arrays import IntType, OddType
 from jaxcompress.quantize import Spec
 
 SPECS = {
@@ -51,6 +51,33 @@ def test_a_scale_that_follows_the_weight_is_no_leaf_and_has_no_gradient():
     c = random(10, 5, seed=1)
     grad = jax.grad(lambda f: jnp.sum(c * f.materialise()))(fake)
     np.testing.assert_allclose(grad.weight, c, rtol=1e-6)  # times and divided by the scale
+
+
+@pytest.mark.parametrize("name", ["int2", "odd", "nf4", "fp8_e4m3"])
+def test_scales_that_cover_every_weight_leave_none_without_gradient(name):
+    spec = Spec(qtype=OddType(3)) if name == "odd" else getattr(jc.quantize, name)()
+    w, c = random(64, 5), random(64, 5, seed=1)
+    grad = jax.grad(lambda f: jnp.sum(c * f.materialise()))(twin(w, spec))
+    np.testing.assert_allclose(grad.weight, c, rtol=1e-6)  # times and divided by the scale
+
+
+def test_a_weight_beyond_the_largest_number_has_no_gradient():
+    """mxfp4: the largest of 7.9 gives the scale 1, and 6 is the largest number."""
+    w = np.full((32, 1), 0.5, np.float32)
+    w[3] = 7.9
+    grad = jax.grad(lambda f: jnp.sum(f.materialise()))(twin(w, jc.quantize.mxfp4()))
+    want = np.ones((32, 1))
+    want[3] = 0
+    np.testing.assert_array_equal(grad.weight, want)
+
+
+def test_a_channel_that_is_not_finite_has_no_gradient():
+    w = random(6, 2)
+    w[0, 0] = np.inf
+    fake = jc.arrays.FakeQuantArray(jnp.asarray(w), qtype=IntType(8), axis=(-2,))
+    grad = jax.grad(lambda f: jnp.sum(f.simulate().values))(fake).weight
+    np.testing.assert_array_equal(grad[:, 0], np.zeros(6))
+    assert (grad[:, 1] > 0).all()
 
 
 def test_a_learned_scale_is_a_leaf_and_starts_at_the_maximum():

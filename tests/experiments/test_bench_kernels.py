@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import jaxcompress as jc
 
@@ -39,8 +40,9 @@ def test_a_wrong_product_is_not(monkeypatch):
     assert "milliseconds" not in row
 
 
-def test_the_answers_are_those_of_the_formula():
-    op, args, want, bound = bench_kernels.weight_problem(bench_kernels.Size(3, 70, 5, 3, 32))
+@pytest.mark.parametrize("size", [(3, 70, 5, 3, 32), (3, 70, 5, 4, 32, True)])
+def test_the_answers_are_those_of_the_formula(size):
+    op, args, want, bound = bench_kernels.weight_problem(bench_kernels.Size(*size))
     got = np.asarray(op(*args, implementation="reference"), np.float64)
     assert np.all(np.abs(got - want) <= bound)
     assert np.any(np.abs(got - want - 1) > bound)

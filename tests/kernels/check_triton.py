@@ -9,9 +9,12 @@ import pytest
 from int8_matmul_suite import Int8MatmulSuite
 from jaxcompress.kernels.int8_matmul import triton as int8_kernel
 from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
+from jaxcompress.kernels.w4a8_matmul import triton as w4a8_kernel
 from jaxcompress.ops._kernels import CHIPS
 from quantized_matmul_suite import QuantizedMatmulSuite, problem
 from triton_on_numpy import count_loads, triton_call
+from w4a8_matmul_suite import W4A8MatmulSuite
+from w4a8_matmul_suite import problem as w4a8_problem
 
 
 def interpreted(kernel, arrays, options):
@@ -35,6 +38,16 @@ class TestQuantizedMatmul(QuantizedMatmulSuite):
         return None  # by the table: which steps it may take depends on the groups
 
 
+class TestW4A8Matmul(W4A8MatmulSuite):
+    def run(self, *arrays, **options):
+        return interpreted(w4a8_kernel.w4a8_matmul, arrays, options)
+
+    def block(self, m, n, k, group_size):
+        if k > 2000:
+            return w4a8_kernel.Blocks(16, 16, 4096, 4, 2)
+        return None  # by the table: which steps it may take depends on the groups
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_few_rows_load_each_byte_of_the_weight_once(bits):
     """What the roofline assumes. The 1-bit plane of 3 bits is loaded again for each part of
@@ -49,9 +62,15 @@ def test_few_rows_load_each_byte_of_the_weight_once(bits):
     assert np.all(loads[:, wide:] == 8)
 
 
-def test_the_tables_have_the_chips_that_are_proven():
-    proven = {*CHIPS["cuda"], *CHIPS["rocm"]}
-    assert set(int8_kernel.BLOCKS) == set(quantized_kernel.BLOCKS) == proven
+def test_few_rows_load_each_byte_of_an_int4_weight_once_for_int8_activations():
+    arrays, *_ = w4a8_problem(16, 256, 128, group_size=64)
+    run = lambda: w4a8_kernel.w4a8_matmul(*arrays, group_size=64, interpret=triton_call)
+    assert np.all(count_loads(run, 1) == 1)
+
+
+@pytest.mark.parametrize("kernel", [int8_kernel, quantized_kernel, w4a8_kernel])
+def test_the_tables_have_the_chips_that_are_proven(kernel):
+    assert set(kernel.BLOCKS) == {*CHIPS["cuda"], *CHIPS["rocm"]}
 
 
 @pytest.mark.parametrize("chip", [None, *quantized_kernel.BLOCKS])
@@ -60,3 +79,5 @@ def test_the_tables_have_the_chips_that_are_proven():
 def test_a_step_lies_within_a_group(chip, m, group):
     tile = quantized_kernel.blocks(m, 4096, 4096, group, chip)
     assert group is None or group % tile.k == 0
+    tile = w4a8_kernel.blocks(m, 4096, 4096, group, chip)
+    assert group is None or group % tile.k == 0 or (group, tile.k) == (32, 64)

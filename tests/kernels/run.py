@@ -17,15 +17,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 AT_A_TIME = 2
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
-MORE = {"KERNEL_EXAMPLES": "30"}
 STEPS = {
     "compiled for TPUs": ([str(HERE / "tpu_compile.py")], {}),
     "run in Triton's interpreter": (
         [*PYTEST, str(HERE / "check_triton.py")],
-        MORE | {"TRITON_INTERPRET": "1"},
+        {"TRITON_INTERPRET": "1", "KERNEL_EXAMPLES": "30"},
     ),
     "compiled for GPUs": ([str(HERE / "triton_compile.py")], {}),
-    "run in Pallas' interpreter": ([*PYTEST, str(HERE / "test_pallas_tpu.py")], MORE),
+    "run in Pallas' interpreter": (
+        [*PYTEST, str(HERE / "test_pallas_tpu.py")],
+        {"KERNEL_EXAMPLES": "12"},
+    ),
     "planted faults": ([str(HERE / "faults.py")], {}),
 }
 

@@ -5,6 +5,7 @@ touch the same memory unordered are found.
 """
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -15,8 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from int8_matmul_suite import Int8MatmulSuite
 from jaxcompress.kernels.int8_matmul import pallas_tpu as int8_kernel
 from jaxcompress.kernels.quantized_matmul import pallas_tpu as quantized_kernel
+from jaxcompress.kernels.w4a8_matmul import pallas_tpu as w4a8_kernel
 from jaxcompress.ops._kernels import CHIPS
 from quantized_matmul_suite import QuantizedMatmulSuite
+from w4a8_matmul_suite import W4A8MatmulSuite
 
 TPU = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
 
@@ -53,8 +56,20 @@ class TestQuantizedMatmul(QuantizedMatmulSuite):
         return (min(m, 64) if m < 1000 else 512), min(n, 128), 256
 
 
-def test_the_tables_have_the_chips_that_are_proven():
-    assert set(int8_kernel.BLOCKS) == set(quantized_kernel.BLOCKS) == set(CHIPS["tpu"])
+class TestW4A8Matmul(W4A8MatmulSuite):
+    dtypes = ("float32", "bfloat16")
+    groups = (None, 128, 256)
+
+    def run(self, *arrays, **options):
+        return interpreted(w4a8_kernel.w4a8_matmul, arrays, options)
+
+    def block(self, m, n, k, group_size):
+        return (min(m, 64) if m < 1000 else 512), min(n, 128), (256 if k < 2000 else 32_768)
+
+
+@pytest.mark.parametrize("kernel", [int8_kernel, quantized_kernel, w4a8_kernel])
+def test_the_tables_have_the_chips_that_are_proven(kernel):
+    assert set(kernel.BLOCKS) == set(CHIPS["tpu"])
 
 
 @pytest.mark.parametrize("chip", [None, *int8_kernel.BLOCKS])
@@ -67,8 +82,10 @@ def test_blocks_are_tiles_or_whole(chip, k):
         assert block_n == n or block_n % 128 == 0
         assert block_k == k or block_k % 128 == 0
         assert block_k <= 1024
-        for group in (None, 32, 128, 2048):
-            _, _, block_k = quantized_kernel.blocks(m, n, k, group, chip)
+        for kernel, group in itertools.product(
+            (quantized_kernel, w4a8_kernel), (None, 32, 128, 2048)
+        ):
+            _, _, block_k = kernel.blocks(m, n, k, group, chip)
             assert block_k % 64 == 0
             assert group is None or block_k % group == 0 or group % block_k == 0
             assert block_k >= k or block_k % 256 == 0

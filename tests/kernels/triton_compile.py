@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from expected import Report
 from jaxcompress.kernels.int8_matmul import triton as int8_kernel
 from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
+from jaxcompress.kernels.w4a8_matmul import triton as w4a8_kernel
 from jaxcompress.ops._kernels import call_kernel
 from roofline import of_triton
 
@@ -80,6 +81,19 @@ def quantized_case(m, k, n, bits, group=None, *, zero=False, dtype="bfloat16"):
     return args, dict(bits=bits, group_size=group)
 
 
+def w4a8_case(m, k, n, group=None, *, zero=False):
+    """The arguments and options of `w4a8_matmul` with a scale for each row."""
+    scales = (1, -(-k // group) if group else 1, n)
+    args = [
+        Shape((1, m, k), jnp.int8),
+        Shape((1, -(-k // 64) * 32, n), jnp.uint8),
+        Shape(scales, jnp.float32),
+        Shape((1, m, 1), jnp.float32),
+    ]
+    args += [Shape(scales, jnp.int8)] if zero else []
+    return args, dict(group_size=group, dtype="bfloat16")
+
+
 INT8 = {
     "4096 x 4096 x 4096": int8_case(4096, 4096, 4096),
     "4096 x 4096 x 4096, w[n, k]": int8_case(4096, 4096, 4096, transpose_w=True),
@@ -94,6 +108,16 @@ QUANTIZED = {
     "int4 by 32, float16, 129 x 5000 x 1000": quantized_case(
         129, 5000, 1000, 4, 32, dtype="float16"
     ),
+}
+W4A8 = {
+    "by 128, 16 x 4096 x 4096": w4a8_case(16, 4096, 4096, 128),
+    "by 128, 1024 x 4096 x 4096": w4a8_case(1024, 4096, 4096, 128),
+    "by 32, zero points, 129 x 5000 x 1000": w4a8_case(129, 5000, 1000, 32, zero=True),
+}
+KERNELS = {
+    "int8_matmul": (int8_kernel.int8_matmul, INT8),
+    "quantized_matmul": (quantized_kernel.quantized_matmul, QUANTIZED),
+    "w4a8_matmul": (w4a8_kernel.w4a8_matmul, W4A8),
 }
 
 
@@ -153,7 +177,7 @@ def facts_of(binary, warps, chip):
 
 
 def verdict(op, facts, chip):
-    integer = ("IMMA", "IGMMA", "UTCIMMA", "v_mfma_i32") if op == "int8_matmul" else ("",)
+    integer = ("IMMA", "IGMMA", "UTCIMMA", "v_mfma_i32") if op != "quantized_matmul" else ("",)
     if not any(name.startswith(integer) for name in facts["matmul"]):
         return f"no tensor-core instruction: {facts}"
     if facts["spills"]:
@@ -166,12 +190,9 @@ def verdict(op, facts, chip):
 
 
 def check_compiles(report, chip):
-    for op, module, cases in (
-        ("int8_matmul", int8_kernel.int8_matmul, INT8),
-        ("quantized_matmul", quantized_kernel.quantized_matmul, QUANTIZED),
-    ):
+    for op, (kernel, cases) in KERNELS.items():
         for case, (args, options) in cases.items():
-            binary, warps = compiled(module, args, options, chip)
+            binary, warps = compiled(kernel, args, options, chip)
             facts = facts_of(binary, warps, chip)
             report.check(op, "triton", chip, case, facts, verdict(op, facts, chip))
 
@@ -187,6 +208,11 @@ def check_launches(report, chip):
     run = functools.partial(int8_kernel.int8_matmul, chip=chip, **options)
     wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
     report.check("int8_matmul", "triton", chip, "called by jax_triton", wrong=wrong)
+
+    args, options = w4a8_case(16, 512, 256, 64)
+    run = functools.partial(w4a8_kernel.w4a8_matmul, chip=chip, **options)
+    wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
+    report.check("w4a8_matmul", "triton", chip, "called by jax_triton", wrong=wrong)
 
     args, options = quantized_case(16, 512, 256, 4, 64)
     run = functools.partial(quantized_kernel.quantized_matmul, chip=chip, **options)

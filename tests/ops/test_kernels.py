@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
+import oracles
 from checks import ON_CPU, quantized, random
 from jaxcompress.ops import _int8_matmul, _kernels, _quantized_matmul
 from jaxcompress.ops._choice import Problem, choose
@@ -125,6 +126,20 @@ def test_explain_and_the_program_agree_for_tpus():
     [row] = jc.explain(fn, params, x, platform="cpu")
     assert row.implementation == ON_CPU
     assert "tpu_custom_call" not in lowered(jc.accelerate(fn), params, x, platform="cpu")
+
+
+@pytest.mark.parametrize("op", ["quantized_matmul", "w4a8_matmul"])
+def test_one_program_for_several_platforms_has_the_kernel_and_runs_here(op):
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(-9, 9, (16, 512)), rng.integers(0, 256, (256, 128)).astype(np.uint8)
+    x = x.astype(np.int8 if op == "w4a8_matmul" else np.float32)
+    scale = np.ones((4, 128), np.float32)
+    options = {"bits": 4} if op == "quantized_matmul" else {}
+    run = functools.partial(getattr(jc.ops, op), group_size=128, **options)
+    exported = jax.export.export(jax.jit(run), platforms=["cpu", "tpu", "cuda"])(x, w, scale)
+    assert "tpu_custom_call" in exported.mlir_module()
+    codes = oracles.unpack(w, 4, 512, 0)
+    np.testing.assert_array_equal(exported.call(x, w, scale), x.astype(np.int64) @ codes)
 
 
 def test_what_surrounds_a_kernel_may_be_any_transform():

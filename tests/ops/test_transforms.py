@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,8 +174,7 @@ def test_only_the_cpu_gets_the_unsigned_product():
 
 
 def test_a_second_call_does_not_compile_again(matmul):
-    fn = jax.jit(matmul)
+    fn = jax.jit(chex.assert_max_traces(lambda x, w: matmul(x, w), 1))
     for seed in range(3):
         fn(int8(16, 32, seed=seed), int8(32, 6, seed=seed))
-    assert fn._cache_size() == 1
     assert fn(jnp.zeros((16, 32), jnp.int8), jnp.zeros((32, 6), jnp.int8)).dtype == jnp.int32

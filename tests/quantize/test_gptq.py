@@ -9,6 +9,7 @@ import pytest
 import jaxcompress as jc
 import oracles
 from checks import random
+from jaxcompress.quantize import _gptq
 
 model = lambda p, x: x @ p["w"]
 
@@ -64,6 +65,15 @@ def test_is_the_textbook_column_loop(spec):
     q = jc.quantize.gptq(
         model, {"w": jnp.asarray(w)}, [x[:50], x[50:]], {"w": spec}, block_size=16
     )["w"]
+    assert_textbook(q, w, x, 0.01, order=True)
+
+
+def test_outputs_are_solved_some_after_the_others(monkeypatch):
+    """Eleven outputs, four at a time: the last four begin within those before them."""
+    monkeypatch.setattr(_gptq, "_OUTPUTS", 4)
+    x, w = correlated(100, 26), random(26, 11)  # a shape that nothing else has compiled
+    spec = jc.quantize.int3(symmetric=False, group_size=16)
+    q = jc.quantize.gptq(model, {"w": jnp.asarray(w)}, [x], {"w": spec}, block_size=8)["w"]
     assert_textbook(q, w, x, 0.01, order=True)
 
 
@@ -186,12 +196,14 @@ def test_activations_that_are_not_finite_raise():
 
 
 def test_program_does_not_grow_with_the_columns():
+    from jaxcompress._matrices import Matrices
     from jaxcompress.quantize._gptq import _columns
 
     def size(k):
         w, h, order = jnp.zeros((1, k, 4)), jnp.zeros((1, k, k)), jnp.zeros((1, k), int)
-        qtype = jc.arrays.IntType(4)
-        traced = _columns.trace(w, w, None, h, order, h, qtype=qtype, block_size=16)
+        static = dict(matrices=Matrices((k, 4), (-2,), ()), axis=(-2,), group_size=None)
+        static |= dict(qtype=jc.arrays.IntType(4), block_size=16)
+        traced = _columns.trace(w, jnp.ones((1, 4)), None, h, order, h, **static)
         return str(traced.jaxpr).count(" = ")
 
     assert size(64) == size(1024)
