@@ -35,8 +35,8 @@ def outliers(m, k):
     return x
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.sampled_from([1, 2, 3, 12, 64, 96, 97, 384]), st.integers(0, 100))
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from([1, 12, 64, 97, 384]), st.integers(0, 100))
 def test_the_rotation_is_exact_in_float64(k, seed):
     """`(x S Q) (Q^T S w)` is `x w` up to the last bits of a float64."""
     q = matrix(k)
