@@ -43,7 +43,9 @@ def distribute(
             path, v, operand = found
             shape = aval_of(operand).shape
             # Of a size of one nobody knows whether what is added is the same for more.
-            if all(m > 1 and n in (1, size) for (n, m), size in zip(pairs, shape, strict=True)):
+            if len(shape) == len(pairs) and all(
+                m > 1 and n in (1, size) for (n, m), size in zip(pairs, shape)
+            ):
                 biases[path] = np.broadcast_to(value, shape).reshape(aval_of(v).shape)
                 continue
         rest[place] = Added(value, tuple(None if n == 1 < m else m for n, m in pairs))
@@ -63,8 +65,10 @@ def plus(value: Any, added: Added) -> Any:
 def _compact(value: np.ndarray) -> np.ndarray:
     """With size one along axes in which it does not differ by more than rounding."""
     wide = value.astype(np.float64)
-    # The same sum, in the order that suits the place in the array.
-    tolerance = 16 * float(jnp.finfo(value.dtype).eps) * np.abs(wide).max(initial=0)
+    # The same sum, in the order that suits the place in the array; integers are exact.
+    is_float = jnp.issubdtype(value.dtype, jnp.inexact)
+    eps = float(jnp.finfo(value.dtype).eps) if is_float else 0.0
+    tolerance = 16 * eps * np.abs(wide).max(initial=0)
     for d in range(value.ndim):
         first = value.take([0], d)
         if np.abs(wide - first.astype(np.float64)).max(initial=0) <= tolerance:

@@ -121,6 +121,21 @@ def test_rows_that_nothing_reads_take_their_producers_along():
     np.testing.assert_allclose(small_fn(small, X), want, rtol=1e-5, atol=1e-6)
 
 
+def test_constants_that_no_bias_can_take_up():
+    """Sums of integers, and one number for all outputs."""
+
+    def fn(p, x):
+        count = jnp.sum(jnp.round(4 * (x @ p["a"])).astype(jnp.int32) + 1, -1, keepdims=True)
+        return count * (jax.nn.relu(x @ p["a"] + 1.0) @ p["b"] + p["all"])
+
+    params = two(all=jnp.float32(0.5))
+    masks = dict.fromkeys(params, optax.MaskedNode()) | {"a": columns(0, 3)}
+    small_fn, small = jc.prune.shrink(fn, params, masks, X)
+    assert {k: v.shape for k, v in small.items()} == {"a": (4, 4), "b": (4, 3), "all": ()}
+    want = fn(params | {"a": params["a"] * columns(0, 3)}, X)
+    np.testing.assert_allclose(small_fn(small, X), want, rtol=1e-5, atol=1e-5)
+
+
 def test_arguments_for_which_the_program_differs():
     def fn(p, x):
         h = jax.nn.relu(x @ p["a"] + 1.0)
