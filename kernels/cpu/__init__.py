@@ -41,6 +41,11 @@ def missing() -> str | None:
         library()
     except OSError as error:
         return f"the native kernels do not load: {error}"
+    except AttributeError as error:  # a function that this version has, and the library has not
+        return (
+            f"the native kernels are those of another version of jaxcompress ({error}); python -m "
+            "jaxcompress.kernels.cpu.build builds them again"
+        )
     return None
 
 

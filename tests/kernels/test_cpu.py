@@ -1,6 +1,8 @@
 """The native CPU kernels: the same integers, and the same floats, on every path."""
 
 import functools
+import subprocess
+import sys
 import threading
 
 import jax
@@ -209,3 +211,10 @@ def test_the_native_side_returns_an_error(message, args, options):
     if PATHS:
         with pytest.raises(jax.errors.JaxRuntimeError, match=message):
             jax.block_until_ready(jax.jit(functools.partial(raw, **options))(*args))
+
+
+def test_a_library_of_another_version_is_named():
+    """In a process of its own: what is loaded stays loaded."""
+    code = "from jaxcompress.kernels import cpu; cpu.TARGETS = ('nothing',); print(cpu.missing())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ("another version" in said.stdout) == (cpu.missing() is None)
