@@ -11,7 +11,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE := $(wildcard kernels/cpu/*.cc kernels/cpu/*.h) kernels/cpu/build.py setup.py
 
-.PHONY: demo test test-native test-kernels wheel lint mutations packages clean
+.PHONY: demo test test-native test-arm test-kernels wheel lint mutations packages clean
 
 demo: $(READY)
 	$(BIN)/python experiments/compress_digits.py
@@ -23,6 +23,13 @@ test: lint
 test-native:
 	$(PYTHON) kernels/cpu/build.py --sanitize --test build/native_test
 	build/native_test
+
+# The same for 64-bit Arm, compiled here and run by qemu (Debian: g++-aarch64-linux-gnu and
+# qemu-user-static); without the sanitizers, which qemu does not run.
+test-arm:
+	CXX="aarch64-linux-gnu-g++ -static" $(PYTHON) kernels/cpu/build.py --machine aarch64 \
+		--test build/native_test_arm
+	qemu-aarch64-static build/native_test_arm
 
 wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["peers"]
+__all__ = ["peers", "sparse_peers"]
 
 Calls = list[Callable[[], Any]]
 
@@ -24,6 +24,26 @@ def peers(x: Any, weights: list[Any]) -> dict[str, Calls]:
     if has("torch"):
         found |= _torch(x, weights)
     return found
+
+
+def sparse_peers(x: Any, weights: list[Any]) -> dict[str, Calls]:
+    """The same for weights of which most are zero."""
+    if not importlib.util.find_spec("torch"):
+        return {}
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    columns = torch.from_numpy(x.T.copy())  # it multiplies from the left only
+
+    def run(matrix: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            with torch.inference_mode():
+                return (matrix @ columns).numpy()
+
+        return call
+
+    rows = [torch.from_numpy(w.T.copy()).to_sparse_csr() for w in weights]
+    return {"torch CSR": [run(matrix) for matrix in rows]}
 
 
 def _onnx_model(w: Any) -> Any:

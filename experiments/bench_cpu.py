@@ -1,14 +1,16 @@
 """Is a compressed product faster on this CPU, and than what?
 
-    python experiments/bench_cpu.py            # under two minutes
+    python experiments/bench_cpu.py            # under four minutes
     python experiments/bench_cpu.py --quick    # a few repeats: does it run?
 
 Linear layers and a transformer block, prepacked, through `accelerate`, against XLA in float32
 and bfloat16, and against onnxruntime, OpenVINO and PyTorch where they are installed (pip
-install -e '.[benchmark]'). All of a row runs in turns in one process, so that a noisy machine
+install -e '.[benchmark]'). Then pruned linear layers: unstructured, against PyTorch's CSR, and
+blocks. All of a row runs in turns in one process, so that a noisy machine
 is noisy for all; weights that are meant to be out of the cache rotate through 50 MB and more.
 Expected on a CPU with AVX-512 VNNI: int8 at least four times XLA's float32 from one row to a
-thousand. Writes build/bench_cpu/ (bench_cpu.json, table.md, bench_cpu.png).
+thousand, and of 90 % zeros the product of the rest five times. Writes build/bench_cpu/
+(bench_cpu.json, table.md, bench_cpu.png).
 """
 
 import itertools
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _bench_peers import peers
+from _bench_peers import peers, sparse_peers
 from _harness import ROOT, Parser, environment, interleaved, need, staged, write_json
 
 # rows, k, n, and how many copies of the weight are rotated through.
@@ -30,6 +32,8 @@ SHAPES = (
     (1, 4096, 4096, 6),
     (16, 4096, 4096, 6),
 )
+# The same of pruned layers.
+SPARSE_SHAPES = ((128, 1024, 1024, 1), (16, 1024, 4096, 1), (1, 4096, 4096, 6))
 Runs = dict[str, Callable[[], Any]]
 
 
@@ -84,6 +88,54 @@ def linear_runs(rows: int, k: int, n: int, copies: int, with_peers: bool) -> Run
     if with_peers:
         for name, calls in peers(x, weights).items():
             add(name, lambda call: call(), [(call,) for call in calls])
+    return runs
+
+
+def sparse_runs(rows: int, k: int, n: int, copies: int, with_peers: bool) -> Runs:
+    """The same product with weights of which most are zero."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import jaxcompress as jc
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, k)).astype(np.float32)
+    placed = jnp.asarray(x)
+    dense = [rng.standard_normal((k, n)).astype(np.float32) / k**0.5 for _ in range(copies)]
+    fn = lambda p, x: x @ p["w"]
+    plain, compressed = jax.jit(fn), jax.jit(jc.accelerate(fn))
+    runs: Runs = {}
+
+    def add(name: str, run: Callable[..., Any], weights: list[Any]) -> None:
+        turn = itertools.cycle([{"w": w} for w in weights])
+        runs[name] = lambda: run(next(turn), placed)
+
+    add("XLA f32", plain, [jnp.asarray(w) for w in dense])
+    for share in (0.5, 0.8, 0.9, 0.95):
+        kept = [w * (rng.random(w.shape) >= share) for w in dense]
+        for name in ("f32", "w8a8") if share >= 0.9 else ("f32",):
+            params = [{"w": jnp.asarray(w)} for w in kept]
+            if name == "w8a8":
+                params = [jc.quantize.quantize(p, {"w": jc.quantize.w8a8()}) for p in params]
+            packed = [
+                jc.prepack(jc.prune.pack(p, {"w": jnp.asarray(w != 0)}))["w"]
+                for p, w in zip(params, kept)
+            ]
+            add(f"{share:.0%} unstructured, {name}", compressed, packed)
+        if with_peers and share >= 0.9:
+            for name, calls in sparse_peers(x, kept).items():
+                turn = itertools.cycle(calls)
+                runs[f"{name}, {share:.0%}"] = lambda turn=turn: next(turn)()
+    blocks = jc.prune.block(32, 128)
+    for share in (0.8,):
+        packed = []
+        for w in dense:
+            params = {"w": jnp.asarray(w)}
+            scores = {"w": jnp.repeat(jnp.repeat(rng.random((k // 32, n // 128)), 32, 0), 128, 1)}
+            masks = jc.prune.mask(scores, blocks, share)
+            packed.append(jc.prepack(jc.prune.pack(params, masks, pattern=blocks))["w"])
+        add(f"{share:.0%} blocks of 32x128, f32", compressed, packed)
     return runs
 
 
@@ -187,6 +239,11 @@ def main() -> None:
         for m, k, n, copies in SHAPES:
             runs = linear_runs(m, k, n, copies, not options.no_peers)
             work = dict(work=f"{m} x {k} x {n}", copies=copies)
+            rows += summary(interleaved(runs, repeats, budget), work)
+            print(table(rows[-len(runs) :]), flush=True)
+        for m, k, n, copies in SPARSE_SHAPES:
+            runs = sparse_runs(m, k, n, copies, not options.no_peers)
+            work = dict(work=f"{m} x {k} x {n}, pruned", copies=copies)
             rows += summary(interleaved(runs, repeats, budget), work)
             print(table(rows[-len(runs) :]), flush=True)
         runs = block_runs()

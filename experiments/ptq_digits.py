@@ -1,6 +1,6 @@
 """Post-training quantization of a small MLP: every method at 8, 4, 3 and 2 bits.
 
-    python experiments/ptq_digits.py            about 8 minutes on two cores
+    python experiments/ptq_digits.py            about 10 minutes on two cores
     python experiments/ptq_digits.py --quick    one seed, 4 and 2 bits: about a minute
 
 A 64-256-256-10 network is trained on the 8x8 digits of scikit-learn with five seeds. Each
@@ -13,8 +13,8 @@ asymmetric ones use all four.
 Where qwix is installed it quantizes the same networks. Its codes take the lowest integer too
 (-2 to 1 with two bits), and its scales are max |w| / (2^(b-1) - 1/2).
 
-Expected: GPTQ has less error than that of qwix at 4 and 2 bits. Writes ptq_digits.json and
-ptq_digits.png to --out (default report/ptq_digits).
+Expected (relative error): GPTQ .0127 at 4 bits and, asymmetric, .067 at 2 bits; that of qwix .0146
+and .085. Writes ptq_digits.json and ptq_digits.png to --out (default report/ptq_digits).
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python experiments/update_readme.py report
     python experiments/update_readme.py report/first_principles
+    python experiments/update_readme.py build/bench_cpu
 
 Of compress_digits.py: the table in README.md. Of first_principles.py: the tour in
-docs/first_principles.md. Each stands between two markers, next to a JSON and a picture in
-experiments/results; tests compare it with that JSON.
+docs/first_principles.md. Of bench_cpu.py: the tables in docs/cpu.md. Each stands between two
+markers, next to a JSON and a picture in experiments/results; tests compare it with that JSON.
 """
 
 import json
@@ -21,6 +22,7 @@ from _harness import ROOT, Parser, fail, write_json
 RESULTS = ROOT / "experiments" / "results"
 README = ROOT / "README.md"
 TOUR = ROOT / "docs" / "first_principles.md"
+CPU = ROOT / "docs" / "cpu.md"
 
 
 def digits_block(record: dict) -> str:
@@ -64,6 +66,34 @@ def tour_block(record: dict) -> str:
     return "\n".join([*lines, ""])
 
 
+def cpu_block(record: dict) -> str:
+    """A table of dense products and one of pruned ones: times XLA's float32, by the minima."""
+    works: dict[str, dict[str, dict]] = {}
+    for row in record["rows"]:
+        works.setdefault(row["work"], {})[row["name"]] = row
+    environment = record["environment"]
+    lines = [
+        "",
+        f"Times as fast as XLA in float32, by the fastest of interleaved runs, and the time of "
+        f"that; `{environment['command']}`, jax {environment['versions']['jax']}, path "
+        f"`{record['native']}`, on {machine(record)}. Medians and spread are in "
+        "[the JSON](../experiments/results/bench_cpu.json).",
+    ]
+    for pruned in (False, True):
+        here = {work: rows for work, rows in works.items() if ("pruned" in work) == pruned}
+        names = list(dict.fromkeys(n for rows in here.values() for n in rows if n != "XLA f32"))
+        lines += ["", "| | " + " | ".join(w.removesuffix(", pruned") for w in here) + " |"]
+        lines += ["| --- |" + " ---: |" * len(here)]
+        times = [f"{rows['XLA f32']['min_ms']:.3f} ms" for rows in here.values()]
+        lines += [f"| XLA f32 | {' | '.join(times)} |"]
+        for name in names:
+            found = (rows.get(name) for rows in here.values())
+            cells = (f"{row['ratio_of_minima']:.2f}" if row else "" for row in found)
+            lines += [f"| {name} | {' | '.join(cells)} |"]
+    picture = "![times XLA f32, by work](../experiments/results/bench_cpu.png)"
+    return "\n".join([*lines, "", picture, ""])
+
+
 def machine(record: dict) -> str:
     found = record["environment"]["machine"]
     return f"{found['cores']} cores ({found['processor']})"
@@ -95,8 +125,10 @@ def main() -> None:
     elif (report / "first_principles.json").exists():
         name = "first_principles"
         take(report, f"{name}.json", f"{name}.png", name, TOUR, tour_block)
+    elif (report / "bench_cpu.json").exists():
+        take(report, "bench_cpu.json", "bench_cpu.png", "bench_cpu", CPU, cpu_block)
     else:
-        fail(f"{report} has no report of compress_digits.py or first_principles.py; run one first")
+        fail(f"{report} has no report of an experiment that a page tells of; run one first")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from jaxcompress.arrays import (
     BitmapSparseArray,
     NMSparseArray,
     QuantizedArray,
+    RotatedArray,
     ScaledArray,
     is_compressed,
 )
 from jaxcompress.arrays._prepacked import prepack_array
 from jaxcompress.arrays._prepacked_sparse import prepack_sparse
+from jaxcompress.arrays._quantized import replace
 from jaxcompress.ops._cpu import native_missing
 
 __all__ = ["prepack"]
@@ -57,8 +59,8 @@ def prepack(params: Any, *, layout: Any = None) -> Any:
         return params
 
     def one(path: str, leaf: Any, found: Layout | None) -> Any:
-        if isinstance(leaf, ScaledArray):
-            return ScaledArray(one(path, leaf.array, found), leaf.scale, path=leaf.path)
+        if isinstance(leaf, (ScaledArray, RotatedArray)):
+            return replace(leaf, array=one(path, leaf.array, found))
         if isinstance(leaf, BitmapSparseArray) and not native_missing():
             columns = prepack_sparse(leaf, found.contract if found is not None else None)
             if not isinstance(columns, str):

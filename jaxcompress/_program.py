@@ -130,7 +130,7 @@ def trace(
 
     traced = jax.make_jaxpr(call)(shapes, batch_arrays)
     paths = sorted(shapes)  # the order of a dict's leaves
-    scanned = _scanned(traced.jaxpr, dict(zip(traced.jaxpr.invars, paths)))
+    scanned = _scanned(traced.jaxpr, dict(zip(traced.jaxpr.invars, paths)), wanted)
     units: list[Unit] = []
     for path in paths:
         units += [(path, i) for i in range(scanned[path])] if path in scanned else [(path, None)]
@@ -188,18 +188,20 @@ def _scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
     return consts, consts + carry
 
 
-def _scanned(jaxpr: Jaxpr, names: dict[Any, str]) -> dict[str, int]:
-    """The number of layers of each named input that a scan runs over."""
+def _scanned(jaxpr: Jaxpr, names: dict[Any, str], wanted: Collection[str]) -> dict[str, int]:
+    """The number of layers of each named input that a scan over a wanted one runs over."""
     found: dict[str, int] = {}
     for eqn in jaxpr.eqns:
         named = [None if isinstance(v, Literal) else names.get(v) for v in eqn.invars]
         inner = body_of(eqn)
         if inner is not None:
             inside = {v: name for v, name in zip(inner.jaxpr.invars, named) if name is not None}
-            found |= _scanned(inner.jaxpr, inside)
+            found |= _scanned(inner.jaxpr, inside, wanted)
         elif eqn.primitive is scan_p:
             _, first = _scan_parts(eqn)
-            found |= {name: eqn.params["length"] for name in named[first:] if name is not None}
+            layers = [name for name in named[first:] if name is not None]
+            if any(name in wanted for name in layers):
+                found |= dict.fromkeys(layers, eqn.params["length"])
     return found
 
 

@@ -172,3 +172,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="a run with other weights, batches, rules or options"):
         run(resume=tmp_path, damping=0.02)
+
+
+def test_a_scan_without_wanted_weights_stays_one():
+    fn = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0] @ p["head"]
+    params = {"w": jnp.asarray(random(3, 4, 4)), "head": jnp.asarray(random(4, 2))}
+    program = trace(fn, params, jnp.ones((2, 4)), {"head"})
+    assert program.scanned == {}
+    assert [eqn.primitive.name for eqn in program.jaxpr.eqns].count("scan") == 1

@@ -8,7 +8,7 @@ import jax
 import quax
 
 from jaxcompress import _quax
-from jaxcompress._accelerate import _rules, _scaled  # noqa: F401  (registers them)
+from jaxcompress._accelerate import _rotated, _rules, _scaled  # noqa: F401  (registers them)
 from jaxcompress._paths import path_string
 
 __all__ = ["accelerate"]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress.arrays import BlockSparseArray
-from jaxcompress.ops._block_sparse import block_sparse_dot
+from jaxcompress.arrays._uses import listener
+from jaxcompress.ops._block_sparse import block_sparse_dot, plan
 from jaxcompress.ops._linear import encode_activations
 
 __all__ = ["block_sparse"]
@@ -46,8 +47,12 @@ def block_sparse(
     if w.qtype is not None:
         scale = w.scale.astype(jnp.float32)
         out = out * (jnp.swapaxes(scale, -1, -2) if w.transposed else scale)
-    why = "the activations of kept blocks are gathered; a dense product of those"
-    w.note(lax.dot_general_p, "block_sparse_matmul", "reference", why)
+    here = listener()
+    if here is not None:
+        m, dtype_name = rows.shape[-2], rows.dtype.name
+        choice = plan(m, k, w.matrix[1], w.block[1], dtype_name, here.platform)
+        name = choice.implementation.name
+        w.note(lax.dot_general_p, "block_sparse_matmul", name, choice.why)
     out = out.reshape(*batch, *(x.shape[d] for d in x_free), w.matrix[1]).astype(dtype)
     if weight_first:
         b = len(batch)

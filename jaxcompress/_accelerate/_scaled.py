@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxcompress.arrays import CompressedArray, ScaledArray
 
-__all__: list[str] = []
+__all__ = ["scaled"]
 
 
 @quax.register(lax.transpose_p)
@@ -26,6 +26,17 @@ def _(w: ScaledArray, *, new_dtype: Any, **params: Any) -> Any:
     return ScaledArray(array, w.scale, path=w.path)
 
 
+def scaled(x: Any, scale: Any, x_dims: Sequence[int], w_dims: Sequence[int]) -> Any:
+    """`x` times a scale of size 1 outside `w_dims`, each of which meets one of `x_dims`."""
+    pairs = sorted(zip(x_dims, w_dims))
+    order = [wd for _, wd in pairs]
+    turned = lax.transpose(scale, [*order, *(d for d in range(scale.ndim) if d not in order)])
+    sizes = [1] * x.ndim
+    for xd, wd in pairs:
+        sizes[xd] = scale.shape[wd]
+    return x * turned.reshape(sizes).astype(x.dtype)
+
+
 def _dot_general(operands: list[Any], which: int, params: dict[str, Any]) -> Any:
     w, x = operands[which], operands[1 - which]
     (lhs, rhs), (lhs_batch, rhs_batch) = params["dimension_numbers"]
@@ -37,13 +48,7 @@ def _dot_general(operands: list[Any], which: int, params: dict[str, Any]) -> Any
     else:
         if isinstance(x, CompressedArray):
             x = x.decoded_for(lax.dot_general_p, "the other operand is compressed too")
-        pairs = sorted(zip(x_dims, w_dims))
-        order = [wd for _, wd in pairs]
-        scale = lax.transpose(w.scale, [*order, *(d for d in range(w.ndim) if d not in order)])
-        sizes = [1] * x.ndim
-        for xd, wd in pairs:
-            sizes[xd] = w.scale.shape[wd]
-        operands[1 - which] = x * scale.reshape(sizes).astype(x.dtype)
+        operands[1 - which] = scaled(x, w.scale, x_dims, w_dims)
         operands[which] = w.array
     run = lambda operands: lax.dot_general_p.bind(*operands, **params)
     return quax.quaxify(run)(operands)

@@ -10,6 +10,7 @@ from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._prepacked_sparse import PrepackedSparseArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._rotated import RotatedArray
 from jaxcompress.arrays._scaled import ScaledArray
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "PrepackedArray",
     "PrepackedSparseArray",
     "QuantizedArray",
+    "RotatedArray",
     "ScaledArray",
     "TernaryType",
     "is_compressed",

@@ -14,7 +14,7 @@ from jaxcompress.arrays._bitmap import BitmapSparseArray, bitmap_of
 from jaxcompress.arrays._granularity import Axes
 from jaxcompress.arrays._matrix import Form, MatrixArray, form
 from jaxcompress.arrays._prepacked import matrix_of, reshaped
-from jaxcompress.arrays._qtype import Activation, IntType
+from jaxcompress.arrays._qtype import Activation, IntType, QType
 from jaxcompress.arrays._quantized import QuantizedArray, replace
 
 __all__ = ["PrepackedSparseArray", "columns_of", "prepack_sparse", "scatter"]
@@ -70,7 +70,7 @@ class PrepackedSparseArray(MatrixArray):
     columns: Any
     scale: Any = None
     act_scale: Any = None
-    qtype: IntType | None = eqx.field(static=True, kw_only=True, default=None)
+    qtype: QType | None = eqx.field(static=True, kw_only=True, default=None)
     axis: Axes = eqx.field(static=True, kw_only=True, default=())
     act: Activation | None = eqx.field(static=True, kw_only=True, default=None)
     dims: tuple[int, ...] = eqx.field(static=True, kw_only=True)
@@ -225,7 +225,7 @@ def prepack_sparse(
     )
 
 
-def _runs(matrices: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _runs(matrices: np.ndarray, part: int) -> tuple[np.ndarray, ...]:
     """Values, places, starts and columns of matrices `[..., n, k]`."""
     *lead, n, k = matrices.shape
     made = [_runs_of(matrix, part) for matrix in matrices.reshape(-1, n, k)]

@@ -120,7 +120,7 @@ def _dense(array: QuantizedArray) -> jax.Array:
     return (codes * scale).astype(array.float_dtype)
 
 
-def replace(array: Any, **changes: Any) -> Any:
+def replace(array: Any, /, **changes: Any) -> Any:
     """`array` with some fields changed, the others kept."""
     fields = {k: getattr(array, k) for k in array.__dataclass_fields__}
     return type(array)(**{**fields, **changes})

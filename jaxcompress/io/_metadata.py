@@ -17,6 +17,7 @@ from jaxcompress.arrays import (
     NMSparseArray,
     OddType,
     QuantizedArray,
+    RotatedArray,
     ScaledArray,
     TernaryType,
 )
@@ -32,6 +33,7 @@ CONTAINERS = {
         NMSparseArray,
         BlockSparseArray,
         ScaledArray,
+        RotatedArray,
     )
 }
 _VALUES = {

@@ -22,6 +22,7 @@ from jaxcompress.quantize._methods import dorefa, lsq, lsq_plus, pact
 from jaxcompress.quantize._qat import convert, freeze, prepare_qat, trainable
 from jaxcompress.quantize._quantize import quantize
 from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
+from jaxcompress.quantize._rotate import rotate
 from jaxcompress.quantize._scaling import awq, smoothquant
 from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
 from jaxcompress.quantize._specs import (
@@ -73,6 +74,7 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "report",
+    "rotate",
     "sensitivity",
     "ternary",
     "smoothquant",

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,20 @@ from jaxcompress.quantize._posttrain import Layer, Progress, layerwise
 from jaxcompress.quantize._scales import full_scales, integers_only
 from jaxcompress.quantize._specs import Spec
 
-__all__ = ["gptq"]
+__all__ = ["Rounding", "checked", "gptq", "inverse_factor", "round_layer"]
 
 _OUTPUTS = 1024  # solved at once
 _TRIES = 5  # dampings, each ten times the one before
 _PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the full scales, that are tried
+
+
+class Rounding(NamedTuple):
+    """The options of `gptq` that decide the codes of one layer."""
+
+    damping: float = 0.01
+    activation_order: bool = True
+    search: bool = True
+    block_size: int = 128
 
 
 def gptq(
@@ -92,31 +101,33 @@ def gptq(
     Frantar, Ashkboos, Hoefler and Alistarh, 2023, GPTQ: Accurate Post-Training
     Quantization for Generative Pre-trained Transformers, arXiv:2210.17323.
     """
-    if not damping > 0:
-        raise ValueError(f"damping is positive; got {damping}")
-    if block_size < 1:
-        raise ValueError(f"block_size is 1 or more; got {block_size}")
-
-    def solve(layer: Layer) -> QuantizedArray:
-        return _layer(layer, damping, activation_order, search, block_size)
-
+    rounding = checked(Rounding(damping, activation_order, search, block_size))
     return layerwise(
         fn,
         params,
         batches,
         rules,
         second_moment(),
-        solve,
-        identity=["gptq", damping, activation_order, search, block_size],
+        lambda layer: round_layer(layer, rounding),
+        identity=["gptq", *rounding],
         stats=stats,
         resume=resume,
         progress=progress,
     )
 
 
-def _layer(
-    layer: Layer, damping: float, activation_order: bool, search: bool, block_size: int
-) -> QuantizedArray:
+def checked(rounding: Rounding) -> Rounding:
+    """The options, if they make sense."""
+    if not rounding.damping > 0:
+        raise ValueError(f"damping is positive; got {rounding.damping}")
+    if rounding.block_size < 1:
+        raise ValueError(f"block_size is 1 or more; got {rounding.block_size}")
+    return rounding
+
+
+def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
+    """The codes and the scales of one layer, from the second moments that it has seen."""
+    damping, activation_order, search, block_size = rounding
     w, static, matrices = layer.weight, dict(layer.static), layer.matrices
     integers_only("gptq", layer.name, static["qtype"])
     hessian = layer.statistic(2)

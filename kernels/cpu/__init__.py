@@ -15,7 +15,12 @@ import jax
 __all__ = ["PATHS", "PATH_VARIABLE", "library", "missing", "path"]
 
 LIBRARY = Path(__file__).parent / "libjaxcompress_cpu.so"
-TARGETS = ("jaxcompress_int8_matmul", "jaxcompress_quantized_matmul", "jaxcompress_sparse_matmul")
+TARGETS = (
+    "jaxcompress_int8_matmul",
+    "jaxcompress_quantized_matmul",
+    "jaxcompress_sparse_matmul",
+    "jaxcompress_block_matmul",
+)
 
 # Best first, as the library tries them. The variable names one instead, for tests.
 PATHS = ("avx512vnni", "avx512vnni256", "avxvnni", "avx2", "portable")

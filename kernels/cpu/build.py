@@ -44,6 +44,7 @@ _PORTABLE = {
     "ffi.cc": (),
     "matmul.cc": (),
     "sparse.cc": (),
+    "blocks.cc": (),
     "paths.cc": (),
     "path_portable.cc": (),
     "sparse_portable.cc": _FUSED,

@@ -34,6 +34,8 @@ PANELS, ROW_MAJOR, COLUMN_MAJOR = 0, 1, 2  # as in matmul.h
 class Call(Protocol):
     """What is static about a call, and what depends on its kind."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def dtype(self) -> Any:
         """Of the result."""

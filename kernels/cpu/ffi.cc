@@ -201,6 +201,30 @@ ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
   return ffi::Error::Success();
 }
 
+ffi::Error BlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> values,
+                       ffi::Buffer<ffi::S32> rows, ffi::ResultBuffer<ffi::F32> out, int64_t height,
+                       int64_t width, std::string_view path_name) {
+  Problem shape{};
+  ffi::Error error = describe(x.dimensions(), out->dimensions(), 0, &shape);
+  if (error.failure()) return error;
+  if (height < 1 || width < 16 || width % 16) return invalid("blocks are multiples of 16 wide");
+  BlockProblem p{shape.batch, shape.m, shape.k, shape.n, static_cast<size_t>(height),
+                 static_cast<size_t>(width), 0};
+  const size_t columns = p.batch * p.across();
+  if (columns > 0) p.slots = rows.element_count() / columns;
+  if (rows.element_count() != columns * p.slots) return invalid("expected rows of every column");
+  if (values.element_count() != columns * p.slots * p.height * p.width) {
+    return invalid("the values are not those of the blocks");
+  }
+  const Path* path = find_path(std::string(path_name).c_str());
+  if (!path) return invalid("this CPU has no path " + std::string(path_name));
+  if (!multiply(*path, p, x.typed_data(), values.typed_data(), rows.typed_data(), workers_of(pool),
+                out->typed_data())) {
+    return invalid("a row of blocks is not in the matrix");
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxcompress
 
@@ -248,6 +272,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_sparse_matmul, jaxcompress::SparseMatm
                                   .Ret<ffi::Buffer<ffi::U8>>()
                                   .Attr<int64_t>("high")
                                   .Attr<int64_t>("part")
+                                  .Attr<std::string_view>("path"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_block_matmul, jaxcompress::BlockMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("height")
+                                  .Attr<int64_t>("width")
                                   .Attr<std::string_view>("path"));
 
 // The name of the path that runs for `name` ("" for the best), or "" if this CPU lacks it.

@@ -262,6 +262,50 @@ void check_sparse_case(const Path& path, SparseProblem p, bool floats) {
   if (multiply(path, p, rows, weights, workers(), start, out.data())) fail("places that leave");
 }
 
+void check_blocks(const Path& path) {
+  const size_t sizes[][7] = {// batch, m, k, n, height, width, slots
+                             {1, 1, 8, 16, 8, 16, 1},    {1, 7, 20, 33, 8, 16, 2},
+                             {2, 13, 64, 100, 16, 48, 3}, {1, 100, 30, 130, 7, 64, 2},
+                             {1, 3, 40, 300, 4, 144, 5},  {1, 5, 8, 20, 4, 16, 0},
+                             {1, 0, 8, 16, 8, 16, 1}};
+  for (const auto& size : sizes) {
+    const BlockProblem p = {size[0], size[1], size[2], size[3], size[4], size[5], size[6]};
+    const size_t columns = p.batch * p.across();
+    auto x = buffer<float>(p.batch * p.m * p.k);
+    auto values = buffer<float>(columns * p.slots * p.height * p.width);
+    auto rows = buffer<int32_t>(columns * p.slots);
+    auto out = buffer<float>(p.batch * p.m * p.n);
+    for (auto& v : x) v = static_cast<float>(any(-99, 99));
+    for (auto& v : values) v = static_cast<float>(any(-99, 99));
+    for (auto& r : rows) r = any(0, static_cast<int>((p.k + p.height - 1) / p.height) - 1);
+    if (!multiply(path, p, x.data(), values.data(), rows.data(), workers(), out.data())) {
+      fail("valid blocks");
+    }
+    for (size_t i = 0; i < out.size(); ++i) {
+      const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
+      double want = 0;
+      for (size_t s = 0; s < p.slots; ++s) {
+        const size_t block = (b * p.across() + n / p.width) * p.slots + s;
+        for (size_t h = 0; h < p.height; ++h) {
+          const size_t k = static_cast<size_t>(rows[block]) * p.height + h;
+          if (k >= p.k) continue;
+          want += static_cast<double>(x[row * p.k + k]) *
+                  values[(block * p.height + h) * p.width + n % p.width];
+        }
+      }
+      if (out[i] != want) fail("a sum of blocks");
+    }
+    if (rows.empty() || out.empty()) continue;
+    for (const int32_t wrong : {-1, static_cast<int32_t>((p.k + p.height - 1) / p.height)}) {
+      rows[0] = wrong;
+      if (multiply(path, p, x.data(), values.data(), rows.data(), workers(), out.data())) {
+        fail("blocks that leave");
+      }
+    }
+  }
+  std::printf("%-14s %zu products of blocks agree\n", path.name, std::size(sizes));
+}
+
 void check_sparse(const Path& path) {
   const size_t sizes[][5] = {// batch, m, k, n, kept
                              {1, 1, 1, 1, 1},      {1, 1, 260, 33, 900}, {2, 2, 63, 17, 200},
@@ -292,5 +336,6 @@ int main() {
     jaxcompress::check_quantize(*path);
     jaxcompress::check_path(*path);
     jaxcompress::check_sparse(*path);
+    jaxcompress::check_blocks(*path);
   }
 }

@@ -54,4 +54,18 @@ struct SparseRows {
 bool multiply(const Path& path, const SparseProblem& p, SparseRows rows,
               const SparseWeights& weights, const Workers& workers, uint8_t* scratch, float* out);
 
+// Whole blocks are kept, in every column of blocks as many.
+struct BlockProblem {
+  size_t batch, m, k, n;
+  size_t height, width;  // of a block; `width` a multiple of 16
+  size_t slots;          // blocks that each column of blocks keeps
+
+  size_t across() const { return (n + width - 1) / width; }
+};
+
+// out[batch][m][n] of x[batch][m][k], values[batch][across][slots][height][width] and the rows
+// of blocks[batch][across][slots]; false if one of these is not in the matrix.
+bool multiply(const Path& path, const BlockProblem& p, const float* x, const float* values,
+              const int32_t* rows, const Workers& workers, float* out);
+
 }  // namespace jaxcompress

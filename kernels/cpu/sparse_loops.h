@@ -163,13 +163,77 @@ void dots(const float* x, SparseRuns runs, float* sums) {
   dots_of(x, runs.codes, runs, sums);
 }
 
+// `kRows` rows x `kVectors` vectors of columns, all of whose sums are in registers.
+template <size_t kVector, size_t kRows, size_t kVectors>
+inline void block_tile(const float* x, size_t pitch, size_t k, const SparseBlocks& blocks,
+                       size_t column, size_t columns, float* out, size_t out_pitch) {
+  using V = Floats<kVector>;
+  typename V::Type acc[kRows][kVectors] = {};
+  for (size_t b = 0; b < blocks.count; ++b) {
+    const size_t start = static_cast<size_t>(blocks.rows[b]) * blocks.height;
+    const size_t left = k - start, height = left < blocks.height ? left : blocks.height;
+    const float* w = blocks.values + b * blocks.height * blocks.width + column;
+    for (size_t h = 0; h < height; ++h, w += blocks.width) {
+      typename V::Type row[kVectors];
+#pragma GCC unroll 4
+      for (size_t v = 0; v < kVectors; ++v) row[v] = V::load(w + v * V::kLanes);
+#pragma GCC unroll 6
+      for (size_t r = 0; r < kRows; ++r) {
+        const float value = x[r * pitch + start + h];
+#pragma GCC unroll 4
+        for (size_t v = 0; v < kVectors; ++v) acc[r][v] += value * row[v];
+      }
+    }
+  }
+  for (size_t r = 0; r < kRows; ++r) {
+    memcpy(out + r * out_pitch, acc[r], columns * sizeof(float));
+  }
+}
+
+template <size_t kVector, size_t kVectors>
+inline void block_rows(const float* x, size_t rows, size_t pitch, size_t k,
+                       const SparseBlocks& blocks, size_t column, size_t columns, float* out,
+                       size_t out_pitch) {
+  switch (rows) {
+    case 1: return block_tile<kVector, 1, kVectors>(x, pitch, k, blocks, column, columns, out, out_pitch);
+    case 2: return block_tile<kVector, 2, kVectors>(x, pitch, k, blocks, column, columns, out, out_pitch);
+    case 3: return block_tile<kVector, 3, kVectors>(x, pitch, k, blocks, column, columns, out, out_pitch);
+    case 4: return block_tile<kVector, 4, kVectors>(x, pitch, k, blocks, column, columns, out, out_pitch);
+    case 5: return block_tile<kVector, 5, kVectors>(x, pitch, k, blocks, column, columns, out, out_pitch);
+    default: return block_tile<kVector, 6, kVectors>(x, pitch, k, blocks, column, columns, out, out_pitch);
+  }
+}
+
+// As many columns at a time as 6 rows of sums leave registers for: 64, 16 or 8. Blocks are
+// multiples of 16 wide.
+template <size_t kVector>
+void blocks(const float* x, size_t rows, size_t pitch, size_t k, SparseBlocks blocks,
+            size_t first, size_t columns, float* out, size_t out_pitch) {
+  constexpr size_t kWide = kVector == 64 ? 4 : 2, kLanes = kVector / sizeof(float);
+  for (size_t r = 0; r < rows; r += 6) {
+    const size_t count = rows - r < 6 ? rows - r : 6;
+    const float* from = x + r * pitch;
+    for (size_t c = 0; c < columns;) {
+      const bool wide = first + c + kWide * kLanes <= blocks.width;
+      const size_t step = (wide ? kWide : 1) * kLanes, here = columns - c < step ? columns - c : step;
+      float* to = out + r * out_pitch + c;
+      if (wide) {
+        block_rows<kVector, kWide>(from, count, pitch, k, blocks, first + c, here, to, out_pitch);
+      } else {
+        block_rows<kVector, 1>(from, count, pitch, k, blocks, first + c, here, to, out_pitch);
+      }
+      c += step;
+    }
+  }
+}
+
 bool within(const uint16_t* places, size_t count, size_t k) {
   uint16_t largest = 0;
   for (size_t i = 0; i < count; ++i) largest = places[i] > largest ? places[i] : largest;
   return count == 0 || largest < k;
 }
 
-#define JAXCOMPRESS_SPARSE(bytes) {turn<float>, turn<int8_t>, columns<bytes>, dots, within}
+#define JAXCOMPRESS_SPARSE(bytes) {turn<float>, turn<int8_t>, columns<bytes>, dots, blocks<bytes>, within}
 
 }  // namespace
 }  // namespace jaxcompress

@@ -22,6 +22,13 @@ struct SparseRuns {
   size_t count;
 };
 
+// Kept blocks of one column of blocks, `[count][height][width]`, and the first row of each.
+struct SparseBlocks {
+  const float* values;
+  const int32_t* rows;  // in blocks
+  size_t count, height, width;
+};
+
 struct SparsePath {
   // turned[i * width + r] = x[r * pitch + i], 0 for r from `rows` on.
   void (*turn)(const float* x, size_t rows, size_t pitch, size_t k, size_t width, float* turned);
@@ -34,6 +41,11 @@ struct SparsePath {
 
   // The same for one row, four sums of each column that are still to be added.
   void (*dots)(const float* x, SparseRuns runs, float* sums);
+
+  // out[r][c] = sum over the blocks of x[r] times column `first` + c, for `rows` rows of x and
+  // `columns` columns, `pitch` and `out_pitch` apart; `first` is a multiple of 64.
+  void (*blocks)(const float* x, size_t rows, size_t pitch, size_t k, SparseBlocks blocks,
+                 size_t first, size_t columns, float* out, size_t out_pitch);
 
   // Whether all places are below k.
   bool (*within)(const uint16_t* places, size_t count, size_t k);

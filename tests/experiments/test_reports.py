@@ -59,6 +59,25 @@ def test_readme_has_the_table_of_its_json():
     assert update_readme.replaced(readme, "compress_digits", block) == readme
 
 
+def test_the_tables_of_the_cpu_have_a_column_for_each_work():
+    row = lambda work, name, ratio: dict(work=work, name=name, min_ms=2.0, ratio_of_minima=ratio)
+    rows = [row("a", "XLA f32", 1.0), row("a", "w8a8", 4.5), row("b", "XLA f32", 1.0)]
+    rows += [row("c, pruned", "XLA f32", 1.0), row("c, pruned", "90%", 6.0)]
+    environment = dict(
+        command="python x", versions=dict(jax="1"), machine=dict(cores=2, processor="P")
+    )
+    block = update_readme.cpu_block(dict(rows=rows, native="portable", environment=environment))
+    for line in ("| | a | b |", "| XLA f32 | 2.000 ms | 2.000 ms |", "| w8a8 | 4.50 |  |"):
+        assert line in block.splitlines()
+    assert {"| | c |", "| 90% | 6.00 |"} <= set(block.splitlines())
+    for results in (ROOT / "experiments/results").glob("bench_cpu.json"):
+        page, block = (
+            update_readme.CPU.read_text(),
+            update_readme.cpu_block(json.loads(results.read_text())),
+        )
+        assert update_readme.replaced(page, "bench_cpu", block) == page
+
+
 def test_goal_of_the_main_job():
     """At least 20 times smaller, within half a point of dense."""
     record = json.loads((ROOT / "experiments/results/compress_digits.json").read_text())

@@ -1,4 +1,4 @@
-"""Breaks the kernels in three ways and sees their suites fail.
+"""Breaks the kernels in four ways and sees their suites fail.
 
 python tests/kernels/faults.py: each fault is put into a copy of the repository, and the
 tests that it names have to fail there, and pass without it.
@@ -49,6 +49,13 @@ FAULTS = [
         "(start + part * span) // GROUP",
         "start // GROUP",
         [*GPU, "TestQuantizedMatmul and every_width_in_blocks"],
+    ),
+    Fault(
+        "the sum of a group goes on into the next",
+        "w4a8_matmul triton",
+        "                total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)\n",
+        "",
+        [*GPU, "TestW4A8Matmul and scales_of_one"],
     ),
 ]
 

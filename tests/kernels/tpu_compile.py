@@ -218,14 +218,18 @@ def check_sharded(report):
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     mesh = Mesh([devices[:2], devices[2:]], ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     place = lambda a, *spec: Shape(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*spec)))
-    args, options = QUANTIZED["int4 by 128, 1024 x 4096 x 4096"]
-    x, w, scale = (Shape(a.shape[1:], a.dtype) for a in args)
-    run = functools.partial(jc.ops.quantized_matmul, implementation="pallas_tpu", **options)
-    program = jax.jit(run).lower(place(x, "x"), place(w, None, "y"), place(scale, None, "y"))
-    text = program.compile().as_text()
-    wrong = "it gathers" if "all-gather" in text else None
-    wrong = wrong if "tpu_custom_call" in text else "the kernel is not there"
-    report.check("quantized_matmul", "pallas_tpu", "v5e", "rows and columns sharded", wrong=wrong)
+    few = {
+        "quantized_matmul": (jc.ops.quantized_matmul, QUANTIZED["int4 by 128, 1024 x 4096 x 4096"]),
+        "w4a8_matmul": (jc.ops.w4a8_matmul, W4A8["by 128, 1024 x 4096 x 4096"]),
+    }
+    for op, (function, (args, options)) in few.items():
+        x, w, scale = (Shape(a.shape[1:], a.dtype) for a in args[:3])
+        run = functools.partial(function, implementation="pallas_tpu", **options)
+        program = jax.jit(run).lower(place(x, "x"), place(w, None, "y"), place(scale, None, "y"))
+        text = program.compile().as_text()
+        wrong = "it gathers" if "all-gather" in text else None
+        wrong = wrong if "tpu_custom_call" in text else "the kernel is not there"
+        report.check(op, "pallas_tpu", "v5e", "rows and columns sharded", wrong=wrong)
 
 
 def main():

@@ -209,6 +209,11 @@ def check_launches(report, chip):
     wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
     report.check("int8_matmul", "triton", chip, "called by jax_triton", wrong=wrong)
 
+    args, options = w4a8_case(16, 512, 256, 64)
+    run = functools.partial(w4a8_kernel.w4a8_matmul, chip=chip, **options)
+    wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
+    report.check("w4a8_matmul", "triton", chip, "called by jax_triton", wrong=wrong)
+
     args, options = quantized_case(16, 512, 256, 4, 64)
     run = functools.partial(quantized_kernel.quantized_matmul, chip=chip, **options)
     around = functools.partial(call_kernel, run, ("bmk", "bpn", "bgn"))
