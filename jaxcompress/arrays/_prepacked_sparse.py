@@ -242,19 +242,22 @@ def _runs_of(matrix: np.ndarray, part: int) -> tuple[np.ndarray, ...]:
     for group in range(0, n, GROUP):
         for first in range(0, k, part):
             piece = matrix[group : group + GROUP, first : first + part]
-            size = -(-(piece != 0).sum(-1) // FILL) * FILL
-            order = np.argsort(size, kind="stable")
-            # What is kept goes first in each run; zeros of the same column fill it up.
+            count = (piece != 0).sum(-1)
+            order = np.argsort(-(-count // FILL), kind="stable")
+            count = count[order][:, None]
+            size = -(-count // FILL) * FILL
+            # What is kept goes first in each run; zeros at the first of these places fill it up.
             place = np.argsort(piece[order] == 0, -1, kind="stable")
-            width = min(piece.shape[-1], int(size.max()))
-            place = np.pad(place[:, :width], ((0, 0), (0, -width % FILL)), mode="edge")
-            value = np.take_along_axis(piece[order], place, -1)
-            value[:, width:] = 0
-            taken = np.arange(place.shape[-1]) < size[order][:, None]
+            width = int(size.max())
+            place = np.pad(place, ((0, 0), (0, max(0, width - place.shape[-1]))))[:, :width]
+            filling = np.arange(width) >= count
+            place = np.where(filling, place[:, :1], place)
+            value = np.where(filling, 0, np.take_along_axis(piece[order], place, -1))
+            taken = np.arange(width) < size
             values.append(value[taken])
             places.append((place[taken] + first).astype(np.uint16))
             columns.append(order.astype(np.uint8))
-            sizes.append(size[order])
+            sizes.append(size[:, 0])
     starts = np.zeros(sum(map(len, sizes)) + 1, np.int32)
     starts[1:] = np.cumsum(np.concatenate(sizes))
     return np.concatenate(values), np.concatenate(places), starts, np.concatenate(columns)
