@@ -104,7 +104,8 @@ def test_stacked_layers_and_what_a_scan_returns(reverse):
     for g in range(4):
         values = program.segment(g)[1](leaves, values)
     for got, want in zip(values, jax.tree.leaves(fn(params, x))):
-        np.testing.assert_allclose(got, want, rtol=1e-6)
+        # Four layers of float32 sums of six, compiled in another way: numbers near one.
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=2e-6)
 
 
 def test_a_weight_that_is_used_again_takes_what_is_between_into_its_group():
