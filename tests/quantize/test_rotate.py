@@ -88,7 +88,7 @@ def test_four_bits_of_both_are_saved_by_it():
     nearest = error(jc.quantize.rotate(model, params, [x], rules, compensate=False))
     q = jc.quantize.rotate(model, params, [x], rules)
     out, rows = run(model, q, jnp.asarray(x))
-    assert_compressed(rows, "int8_matmul")
+    assert_compressed(rows, "w4a8_matmul")
     # All but one feature are lost without it: the outlier takes the whole range.
     assert nearest < error(jc.quantize.quantize(params, rules))
     assert np.linalg.norm(out - exact) < nearest
