@@ -5,24 +5,16 @@ constants, so masks are made only where a tile reaches over an edge. On NVIDIA's
 tensor cores int32 sums saturate; with `k` as bounded by the op none gets that far.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from jaxcompress.kernels.triton_launch import Blocks, triton_call
+
 __all__ = ["BLOCKS", "Blocks", "blocks", "int8_matmul"]
-
-
-class Blocks(NamedTuple):
-    """The tile of a program, and how many warps and pipeline stages work on it."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
 
 
 # By compute capability, or the name of the architecture on AMD. With four warps a tile of
@@ -82,7 +74,7 @@ def int8_matmul(
     else:
         sums = jnp.sum(x, -1, keepdims=True, dtype=jnp.int32)
         zero = w_zero_point.astype(jnp.int32)
-    call = interpret or _triton_call(chip)
+    call = interpret or triton_call("int8_matmul", chip)
     return call(
         x,
         w,
@@ -105,19 +97,6 @@ def int8_matmul(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
-    )
-
-
-def _triton_call(chip):
-    """`jax_triton.triton_call` for the chip; for the one at hand if that is None."""
-    import functools
-
-    import jax_triton
-
-    nvidia = chip is not None and not chip.startswith("gfx")
-    capability = int(chip.replace(".", "")) if chip is not None and nvidia else None
-    return functools.partial(
-        jax_triton.triton_call, compute_capability=capability, name="int8_matmul"
     )
 
 

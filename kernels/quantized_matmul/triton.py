@@ -5,24 +5,16 @@ each of its parts meets the columns of `x` that it stands for, in a small produc
 own, so that nothing has to be moved between threads.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from jaxcompress.kernels.triton_launch import Blocks, triton_call
+
 __all__ = ["BLOCKS", "Blocks", "blocks", "quantized_matmul"]
-
-
-class Blocks(NamedTuple):
-    """The tile of a program, and how many warps and pipeline stages work on it."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
 
 
 # By compute capability, or the name of the architecture on AMD: a tile for few rows of
@@ -87,7 +79,7 @@ def quantized_matmul(
     block_k = tile.k if stored == 8 else max(tile.k, _PACKED)
     # Triton takes no None: what is absent is a single 0 that is never read.
     zero = jnp.zeros((1, 1, 1), jnp.int8) if zero_point is None else zero_point
-    call = interpret or _triton_call(chip)
+    call = interpret or triton_call("quantized_matmul", chip)
     return call(
         x,
         w,
@@ -107,19 +99,6 @@ def quantized_matmul(
         BLOCK_N=tile.n,
         BLOCK_K=block_k,
         **({"TRANSPOSE_W": transpose_w} if stored == 8 else {"BITS": stored}),
-    )
-
-
-def _triton_call(chip):
-    """`jax_triton.triton_call` for the chip; for the one at hand if that is None."""
-    import functools
-
-    import jax_triton
-
-    nvidia = chip is not None and not chip.startswith("gfx")
-    capability = int(chip.replace(".", "")) if chip is not None and nvidia else None
-    return functools.partial(
-        jax_triton.triton_call, compute_capability=capability, name="quantized_matmul"
     )
 
 

@@ -6,24 +6,16 @@ has to be moved between threads. The sums of a group are exact in int32; then th
 scaled and added in float32.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from jaxcompress.kernels.triton_launch import Blocks, triton_call
+
 __all__ = ["BLOCKS", "Blocks", "blocks", "w4a8_matmul"]
-
-
-class Blocks(NamedTuple):
-    """The tile of a program, and how many warps and pipeline stages work on it."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
 
 
 # By compute capability, or the name of the architecture on AMD: a tile for few rows of
@@ -85,7 +77,7 @@ def w4a8_matmul(
     tile = block or blocks(m, n, k, group, chip)
     # Triton takes no None: what is absent is a single 1 or 0 that is never read.
     one, nothing = jnp.ones((1, 1, 1), jnp.float32), jnp.zeros((1, 1, 1), jnp.int8)
-    call = interpret or _triton_call(chip)
+    call = interpret or triton_call("w4a8_matmul", chip)
     return call(
         x,
         w,
@@ -106,19 +98,6 @@ def w4a8_matmul(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
-    )
-
-
-def _triton_call(chip):
-    """`jax_triton.triton_call` for the chip; for the one at hand if that is None."""
-    import functools
-
-    import jax_triton
-
-    nvidia = chip is not None and not chip.startswith("gfx")
-    capability = int(chip.replace(".", "")) if chip is not None and nvidia else None
-    return functools.partial(
-        jax_triton.triton_call, compute_capability=capability, name="w4a8_matmul"
     )
 
 
