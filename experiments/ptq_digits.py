@@ -212,13 +212,14 @@ def figure(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    picture, axes = plt.subplots(1, 2, figsize=(10, 4))
+    picture, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    colors = plt.get_cmap("tab20").colors
     names = list(dict.fromkeys(row["method"] for row in record["rows"]))
     for i, name in enumerate(names):
         rows = [row for row in record["rows"] if row["method"] == name]
         widths = [row["width"] for row in rows]
         lines = "--" if name.endswith("a8") else ":" if name.startswith("qwix") else "-"
-        style = dict(color=f"C{i % 10}", marker="os"[i // 10], ms=4, ls=lines)
+        style = dict(color=colors[i], marker="os^v"[i % 4], ms=4, ls=lines)
         axes[0].plot(widths, [row["error"]["mean"] for row in rows], label=name, **style)
         axes[1].plot(widths, [100 * row["accuracy"]["mean"] for row in rows], **style)
     axes[0].set(xlabel="bits", ylabel="relative error of the logits", yscale="log")
@@ -226,8 +227,7 @@ def figure(record: dict[str, Any], path: Path) -> None:
     for axis in axes:
         axis.set_xticks(sorted({row["width"] for row in record["rows"]}))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, frameon=False)
-    picture.tight_layout()
+    picture.legend(loc="outside right center", fontsize=8, frameon=False)
     picture.savefig(path, dpi=120)
     plt.close(picture)
 
