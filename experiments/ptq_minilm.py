@@ -32,8 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _harness import ROOT, Parser, environment, fail, need, progress, write_json
 
 RESULTS = ROOT / "experiments" / "results"
-SIZES = (1000, 1000, 800, 3000)  # items, validation, calibration, probe
-QUICK = (200, 10, 200, 500)
+QUICK = (200, 10, 200, 500)  # instead of SIZES
 
 
 class Row(NamedTuple):
@@ -113,41 +112,7 @@ def quantized(row: Row, params: Any, batches: list[Any]) -> Any:
     return q.hqq(params, {TABLE: spec(**fine, axis=-1)})
 
 
-class Dense(NamedTuple):
-    """The dense model, what it is asked, and what it answers."""
-
-    encoder: Any
-    params: Any
-    learn: list[Any]
-    task: Any
-    probe: Any
-    embeddings: tuple[Any, Any]
-    right: dict[str, Any]
-
-
-def dense_model(options: argparse.Namespace, sizes: tuple[int, int, int, int]) -> Dense:
-    import jax
-
-    import jaxcompress as jc
-    from _minilm_data import read, split
-    from _minilm_model import encode, folder, load, pack, tokenize
-    from _minilm_tasks import Probe, Task, Texts
-
-    where = folder()
-    parts = split(read(options.wordnet), sizes)
-    tokens = lambda texts: tokenize(where, texts)
-    params, encoder = load(where), jax.jit(jc.accelerate(encode))
-    task = Task.of(parts.items, tokens)
-    probed = Texts.of(tokens(parts.probe.definitions)).encoded(encoder, params)
-    probe = Probe.trained(probed, parts.probe.classes)
-    # The last batch is not full, and padding is nothing to learn from.
-    learn = pack(tokens(parts.calibration.definitions + parts.calibration.names))[0]
-    embeddings = task.encoded(encoder, params)
-    right = task.right(*embeddings, probe)
-    return Dense(encoder, params, learn[: max(1, len(learn) - 1)], task, probe, embeddings, right)
-
-
-def judged(row: Row, dense: Dense) -> dict[str, Any]:
+def judged(row: Row, dense: Any) -> dict[str, Any]:
     import jax
 
     import jaxcompress as jc
@@ -175,13 +140,14 @@ def judged(row: Row, dense: Dense) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from _minilm_dense import SIZES, dense_model
     from _minilm_tasks import against
     from _resume import resumable
 
     sizes = QUICK if options.quick else SIZES
     once, done = resumable(options.out / "ptq_minilm.json", [sizes, options.quick])
     # Made when the first row asks for it: a report of finished rows needs no model.
-    dense = functools.cache(lambda: dense_model(options, sizes))
+    dense = functools.cache(lambda: dense_model(options.wordnet, sizes))
     every = rows(options.quick)
     chosen = every[: options.rows]
     with progress() as add:
