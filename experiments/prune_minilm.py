@@ -1,6 +1,6 @@
 """What is left of a pretrained transformer without half of its weights, or 70 %, or two of four?
 
-    python experiments/prune_minilm.py            about 15 minutes on two cores
+    python experiments/prune_minilm.py            about 12 minutes on two busy cores
     python experiments/prune_minilm.py --quick    two methods, 200 items: does it run?
 
 all-MiniLM-L6-v2, asked the same 1,000 items as in ptq_minilm.py: a reverse dictionary and a
