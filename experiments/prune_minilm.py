@@ -170,7 +170,7 @@ def figure(record: dict[str, Any], path: Path) -> None:
             axis.bar(places, means, 0.18, color=f"C{i}", label=method, yerr=spread, capsize=2)
         axis.set_xticks(range(len(patterns)), patterns)
         axis.set(ylabel=label, ylim=(0, None))
-    axes[0].legend(fontsize=8, frameon=False, loc="lower left")
+    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     picture.savefig(path, dpi=120)
     plt.close(picture)
 
