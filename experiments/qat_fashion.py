@@ -37,6 +37,9 @@ def arguments() -> Any:
     parser.add_argument("--tune", type=int, default=10, help="epochs a method (default 10)")
     parser.add_argument("--data", type=Path, help="folder with the four files of Fashion-MNIST")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--networks", nargs="+", choices=list(BITS), default=list(BITS), help="default both"
+    )
     parser.add_argument("--quick", action="store_true", help="two seeds, one epoch, three runs")
     options = parser.parse_args()
     if options.quick:
@@ -188,7 +191,7 @@ def run(options: Any) -> dict[str, Any]:
     name = "qat_fashion_quick" if options.quick else "qat_fashion"
     parts = options.out / f"{name}.parts"
     with progress() as add:
-        networks = {each: study(each, options, whole, parts, add) for each in BITS}
+        networks = {each: study(each, options, whole, parts, add) for each in options.networks}
     record = {
         "environment": environment(range(options.seeds)),
         "data": "Fashion-MNIST: 55,000 images to train on, 5,000 to choose on, 10,000 to report on",
@@ -198,7 +201,10 @@ def run(options: Any) -> dict[str, Any]:
     }
     write_json(options.out / f"{name}.json", record)
     figure(record, options.out / f"{name}.png")
-    shutil.rmtree(parts)
+    for each in networks:
+        shutil.rmtree(parts / each)
+    if not any(parts.iterdir()):
+        parts.rmdir()
     return record
 
 
@@ -210,8 +216,11 @@ def figure(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     networks = record["networks"]
-    shown, panels = plt.subplots(1, len(networks), figsize=(10, 4), layout="constrained")
-    for axes, (network, found) in zip(panels, networks.items()):
+    size = (1 + 4.5 * len(networks), 4)
+    shown, panels = plt.subplots(
+        1, len(networks), figsize=size, layout="constrained", squeeze=False
+    )
+    for axes, (network, found) in zip(panels[0], networks.items()):
         base, widths = found["float"], BITS[network][::-1]
         mean, spread = 100 * base["accuracy"], 200 * base["standard_error"]
         axes.axhspan(mean - spread, mean + spread, color="0.85", lw=0)
@@ -233,7 +242,7 @@ def figure(record: dict[str, Any], path: Path) -> None:
         axes.set(title={"lenet": "LeNet-300-100", "cnn": "CNN"}[network])
         axes.set(xlabel="bits of weights and activations", ylabel="test accuracy, %")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
+    panels[0, 0].legend(frameon=False)
     shown.savefig(path, dpi=150)
     plt.close(shown)
 
