@@ -8,7 +8,7 @@ import jax
 import jaxcompress as jc
 from _minilm_data import read, split
 from _minilm_model import encode, folder, load, pack, tokenize
-from _minilm_tasks import Probe, Task, Texts
+from _minilm_tasks import Probe, Task, Texts, against
 
 SIZES = (1000, 1000, 800, 3000)  # items, validation, calibration, probe
 
@@ -23,6 +23,23 @@ class Dense(NamedTuple):
     probe: Any
     embeddings: tuple[Any, Any]
     right: dict[str, Any]
+
+    def judged(self, params: Any) -> dict[str, Any]:
+        """How near the embeddings of `params` are, and each metric beside that of the dense."""
+        found = self.task.encoded(self.encoder, params)
+        right = self.task.right(*found, self.probe)
+        cosine = float((found[0] * self.embeddings[0]).sum(-1).mean())
+        return {"cosine": cosine} | {name: against(right[name], self.right[name]) for name in right}
+
+
+def compressed_leaves(params: Any) -> list[Any]:
+    leaves = jax.tree.leaves(params, is_leaf=jc.arrays.is_compressed)
+    return [leaf for leaf in leaves if jc.arrays.is_compressed(leaf)]
+
+
+def bits_a_weight(leaves: list[Any]) -> float:
+    """What compressed leaves store of a weight: scales, places and masks included."""
+    return 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
 
 def dense_model(wordnet: Path | None, sizes: tuple[int, int, int, int]) -> Dense:

@@ -15,17 +15,15 @@ run that was cut off goes on after its last finished row.
 """
 
 import argparse
-import functools
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _harness import ROOT, Parser, environment, fail, need, progress, write_json
+from _harness import need, write_json
+from _minilm_rows import parsed, parser, record_of
 
-RESULTS = ROOT / "experiments" / "results"
-QUICK = (200, 10, 200, 500)  # instead of SIZES
 METHODS = ("magnitude", "Wanda", "SparseGPT", "SparseGPT + int4")
 PATTERNS = ("50 %", "2:4", "70 %")
 
@@ -37,17 +35,6 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.method}, {self.pattern}".replace(":", " of ")
-
-
-def arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wordnet", type=Path, help="folder with WordNet's data files")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--quick", action="store_true", help="two methods, 200 items")
-    options = parser.parse_args()
-    if not options.out.is_dir():
-        fail(f"{options.out} is no folder; make it, or name another with --out")
-    return options
 
 
 def pruned(row: Row, params: Any, batches: list[Any]) -> tuple[Any, Any]:
@@ -86,57 +73,28 @@ def judged(row: Row, dense: Any) -> dict[str, Any]:
     import jax
 
     import jaxcompress as jc
-    from _minilm_tasks import against
+    from _minilm_dense import bits_a_weight, compressed_leaves
 
     begin = time.perf_counter()
     small, masks = jax.block_until_ready(pruned(row, dense.params, dense.learn))
     seconds = time.perf_counter() - begin
     whole = lambda leaf: leaf.materialise() if jc.arrays.is_compressed(leaf) else leaf
-    plain = jax.tree.map(whole, small, is_leaf=jc.arrays.is_compressed)
-    found = dense.task.encoded(dense.encoder, plain)
-    right = dense.task.right(*found, dense.probe)
-    leaves = jax.tree.leaves(small, is_leaf=jc.arrays.is_compressed)
-    leaves = [leaf for leaf in leaves if jc.arrays.is_compressed(leaf)]
     kept = [int(mask.sum()) for mask in jax.tree.leaves(masks)]
     return {
         "method": row.method,
         "pattern": row.pattern,
         "zeros": 1 - sum(kept) / sum(mask.size for mask in jax.tree.leaves(masks)),
-        "bits": 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves),
-        "cosine": float((found[0] * dense.embeddings[0]).sum(-1).mean()),
+        "bits": bits_a_weight(compressed_leaves(small)),
         "seconds": seconds,
-        **{name: against(right[name], dense.right[name]) for name in right},
+        **dense.judged(jax.tree.map(whole, small, is_leaf=jc.arrays.is_compressed)),
     }
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from _minilm_dense import SIZES, dense_model
-    from _minilm_tasks import against
-    from _resume import resumable
-
-    sizes = QUICK if options.quick else SIZES
-    once, done = resumable(options.out / "prune_minilm.json", [sizes, options.quick])
-    # Made when the first row asks for it: a report of finished rows needs no model.
-    dense = functools.cache(lambda: dense_model(options.wordnet, sizes))
     rows = [Row(method, pattern) for pattern in PATTERNS for method in METHODS]
     if options.quick:
         rows = [Row("magnitude", "70 %"), Row("SparseGPT", "2:4")]
-    with progress() as add:
-        advance = add("models pruned", len(rows))
-        fp32 = once(
-            "dense", lambda: {name: against(value, value) for name, value in dense().right.items()}
-        )
-        found = []
-        for row in rows:
-            found.append(once(row.name, lambda row=row: judged(row, dense())))
-            advance()
-    record = {
-        "environment": environment(),
-        "data": f"WordNet 3.0: {sizes[0]:,} items, {sizes[2]:,} entries to calibrate, "
-        f"{sizes[3]:,} to train the probe",
-        "dense": fp32,
-        "rows": found,
-    }
+    record, done = record_of(options, "prune_minilm.json", rows, judged)
     write_json(options.out / "prune_minilm.json", record)
     figure(record, options.out / "prune_minilm.png")
     done()
@@ -190,7 +148,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    options = arguments()
+    options = parsed(parser(__doc__.splitlines()[0]))
     need("jax", "matplotlib", "rich", "sklearn", "safetensors", "jaxcompress")
     record = run(options)
     print(table(record))

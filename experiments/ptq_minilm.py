@@ -22,17 +22,14 @@ on after its last finished row.
 """
 
 import argparse
-import functools
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _harness import ROOT, Parser, environment, fail, need, progress, write_json
-
-RESULTS = ROOT / "experiments" / "results"
-QUICK = (200, 10, 200, 500)  # instead of SIZES
+from _harness import fail, need, write_json
+from _minilm_rows import parsed, parser, record_of
 
 
 class Row(NamedTuple):
@@ -66,16 +63,11 @@ def rows(quick: bool) -> list[Row]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wordnet", type=Path, help="folder with WordNet's data files")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--rows", type=int, help="only the first so many (default all)")
-    parser.add_argument("--quick", action="store_true", help="two methods, 200 items")
-    options = parser.parse_args()
+    made = parser(__doc__.splitlines()[0])
+    made.add_argument("--rows", type=int, help="only the first so many (default all)")
+    options = parsed(made)
     if options.rows is not None and options.rows < 1:
         fail("--rows is 1 or more")
-    if not options.out.is_dir():
-        fail(f"{options.out} is no folder; make it, or name another with --out")
     return options
 
 
@@ -115,57 +107,29 @@ def quantized(row: Row, params: Any, batches: list[Any]) -> Any:
 def judged(row: Row, dense: Any) -> dict[str, Any]:
     import jax
 
-    import jaxcompress as jc
-    from _minilm_tasks import against
+    from _minilm_dense import bits_a_weight, compressed_leaves
 
     begin = time.perf_counter()
     small = jax.block_until_ready(quantized(row, dense.params, dense.learn))
     seconds = time.perf_counter() - begin
-    found = dense.task.encoded(dense.encoder, small)
-    right = dense.task.right(*found, dense.probe)
-    leaves = jax.tree.leaves(small, is_leaf=jc.arrays.is_compressed)
-    leaves = [leaf for leaf in leaves if jc.arrays.is_compressed(leaf)]
+    leaves = compressed_leaves(small)
     return {
         "method": row.method,
         "name": row.name,
         "groups": row.groups,
         "width": row.bits,
         "activations": row.act or None,
-        "bits": 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves),
-        "most_bits": max(8 * leaf.nbytes / leaf.size for leaf in leaves),
-        "cosine": float((found[0] * dense.embeddings[0]).sum(-1).mean()),
+        "bits": bits_a_weight(leaves),
+        "most_bits": max(bits_a_weight([leaf]) for leaf in leaves),
         "seconds": seconds,
-        **{name: against(right[name], dense.right[name]) for name in right},
+        **dense.judged(small),
     }
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from _minilm_dense import SIZES, dense_model
-    from _minilm_tasks import against
-    from _resume import resumable
-
-    sizes = QUICK if options.quick else SIZES
-    once, done = resumable(options.out / "ptq_minilm.json", [sizes, options.quick])
-    # Made when the first row asks for it: a report of finished rows needs no model.
-    dense = functools.cache(lambda: dense_model(options.wordnet, sizes))
     every = rows(options.quick)
     chosen = every[: options.rows]
-    with progress() as add:
-        advance = add("models quantized", len(chosen))
-        fp32 = once(
-            "fp32", lambda: {name: against(value, value) for name, value in dense().right.items()}
-        )
-        found = []
-        for row in chosen:
-            found.append(once(row.name, lambda row=row: judged(row, dense())))
-            advance()
-    record = {
-        "environment": environment(),
-        "data": f"WordNet 3.0: {sizes[0]:,} items, {sizes[2]:,} entries to calibrate, "
-        f"{sizes[3]:,} to train the probe",
-        "dense": fp32,
-        "rows": found,
-    }
+    record, done = record_of(options, "ptq_minilm.json", chosen, judged)
     write_json(options.out / "ptq_minilm.json", record)
     figure(record, options.out / "ptq_minilm.png")
     if chosen == every:
