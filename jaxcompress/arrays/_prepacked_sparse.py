@@ -196,11 +196,12 @@ def prepack_sparse(
     if found.k > MAX_K:
         return f"its places along k are two bytes, and k is {found.k}"
     limit = FLOATS if sparse.qtype is None else INTEGERS_A16 if sparse.act is None else INTEGERS
-    share = np.count_nonzero(dense) / dense.size
+    columns = dense if found.transpose_w else np.swapaxes(dense, -1, -2)  # [..., n, k]
+    counts = np.count_nonzero(columns, -1)
+    share = int(counts.sum()) / dense.size
     if share > limit:
         return f"it keeps {share:.1%}: above {limit:.0%} the dense product is the faster one"
-    columns = dense if found.transpose_w else np.swapaxes(dense, -1, -2)  # [..., n, k]
-    longest = int((columns != 0).sum(-1).max(initial=0))
+    longest = int(counts.max(initial=0))
     if sparse.act is not None and sparse.qtype is not None:
         largest = sparse.act.qtype.high * -sparse.qtype.low
         if longest * largest >= EXACT:
@@ -217,7 +218,7 @@ def prepack_sparse(
         dims=whole.shape[found.lead :],
         contracted=found.contracted,
         transpose_w=found.transpose_w,
-        kept=int((dense != 0).sum((-1, -2)).max(initial=0)),
+        kept=int(counts.sum(-1).max(initial=0)),
         part=part,
         core=len(sparse.core),
         float_dtype=sparse.float_dtype,

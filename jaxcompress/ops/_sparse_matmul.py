@@ -80,10 +80,8 @@ _matmul.defvjp(_forward, _backward)
 
 
 def _reference(static, x, values, places, starts, columns, scale, act_scale):
-    w, x_scale = (
-        scatter(values.astype(jnp.float32), places, starts, columns, x.shape[-1], static.part),
-        None,
-    )
+    reals, x_scale = values.astype(jnp.float32), None
+    w = scatter(reals, places, starts, columns, x.shape[-1], static.part)
     if static.act is not None:
         x, x_scale, _ = encode_activations(x, static.act, act_scale)
     # Codes are whole numbers whose sums floats hold exactly.

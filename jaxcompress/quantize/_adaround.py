@@ -7,14 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxcompress._statistics import second_moment
 from jaxcompress.arrays import QuantizedArray
-from jaxcompress.arrays._fit import Fit
 from jaxcompress.arrays._granularity import expand
-from jaxcompress.arrays._quantized import store
 from jaxcompress.quantize._posttrain import Layer, Progress, layerwise
 from jaxcompress.quantize._scales import full_scales, integers_only, searched_scales
 from jaxcompress.quantize._specs import Spec
@@ -72,7 +69,7 @@ def adaround(
         raise ValueError(f"steps is 1 or more; got {steps}")
 
     def solve(layer: Layer) -> QuantizedArray:
-        w, static = layer.weight.astype(jnp.float32), dict(layer.static)
+        w, static = layer.weight.astype(jnp.float32), layer.static
         integers_only("adaround", layer.name, static["qtype"])
         hessian = layer.statistic(2)
         if not bool(jnp.isfinite(hessian).all()):
@@ -99,9 +96,7 @@ def adaround(
             low=static["qtype"].low,
             high=static["qtype"].high,
         )
-        static["float_dtype"] = np.dtype(layer.weight.dtype)
-        act = static.pop("act_scale"), static.pop("act_offset")
-        return store(layer.matrices.join(codes), Fit(scale, zero), *act, **static)
+        return layer.stored(layer.matrices.join(codes), scale, zero)
 
     return layerwise(
         fn,

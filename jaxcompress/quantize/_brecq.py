@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.extend.core import Literal
 
@@ -16,11 +15,8 @@ from jaxcompress._neighbours import constants
 from jaxcompress._program import Program, name_of
 from jaxcompress._sequential import advance, first_values, observed, traced, unstacked, walk
 from jaxcompress._statistics import Statistic
-from jaxcompress.arrays import QuantizedArray
-from jaxcompress.arrays._fit import Fit
 from jaxcompress.arrays._granularity import Axes, expand
 from jaxcompress.arrays._qtype import IntType
-from jaxcompress.arrays._quantized import store
 from jaxcompress.quantize._adaround import pull, soft, start
 from jaxcompress.quantize._blocks import in_blocks
 from jaxcompress.quantize._posttrain import Layer, Layers, Progress
@@ -113,7 +109,10 @@ def brecq(
             weights = _fisher(program, g, dense, targets, batches, loss, _tree(fn, params, batches))
         codes = _learn(program, g, leaves, grids, values, targets, weights, steps, learning_rate)
         dense_values, at = targets, g + 1
-        return {name: grid.stored(codes[name]) for name, grid in grids.items()}
+        return {
+            name: grid.layer.stored(codes[name], grid.scale, grid.zero)
+            for name, grid in grids.items()
+        }
 
     about = ["brecq", blocks, loss is None, steps, learning_rate, clip]
     return walk(
@@ -165,12 +164,6 @@ class _Grid(NamedTuple):
     def static(self) -> tuple[Axes, Axes | None, IntType]:
         static = self.layer.static
         return static["axis"], static["group_size"], static["qtype"]
-
-    def stored(self, codes: jax.Array) -> QuantizedArray:
-        static = dict(self.layer.static)
-        static["float_dtype"] = np.dtype(self.layer.weight.dtype)
-        act = static.pop("act_scale"), static.pop("act_offset")
-        return store(codes, Fit(self.scale, self.zero), *act, **static)
 
 
 def _learn(

@@ -7,16 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxcompress._matrices import Matrices
 from jaxcompress._statistics import second_moment
 from jaxcompress.arrays import QuantizedArray
-from jaxcompress.arrays._fit import Fit
 from jaxcompress.arrays._granularity import Axes, expand, reduce_groups
 from jaxcompress.arrays._qtype import IntType
-from jaxcompress.arrays._quantized import store
 from jaxcompress.arrays._rounding import encode
 from jaxcompress.quantize._posttrain import Layer, Progress, layerwise
 from jaxcompress.quantize._scales import full_scales, integers_only
@@ -128,7 +125,7 @@ def checked(rounding: Rounding) -> Rounding:
 def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
     """The codes and the scales of one layer, from the second moments that it has seen."""
     damping, activation_order, search, block_size = rounding
-    w, static, matrices = layer.weight, dict(layer.static), layer.matrices
+    w, static, matrices = layer.weight, layer.static, layer.matrices
     integers_only("gptq", layer.name, static["qtype"])
     hessian = layer.statistic(2)
     if not bool(jnp.isfinite(hessian).all()):
@@ -177,9 +174,7 @@ def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
                 jnp.where(better, errors, best[2]),
             )
     assert best is not None
-    static["float_dtype"] = np.dtype(w.dtype)
-    act = static.pop("act_scale"), static.pop("act_offset")
-    return store(matrices.join(best[0]), Fit(best[1], zero), *act, **static)
+    return layer.stored(matrices.join(best[0]), best[1], zero)
 
 
 @functools.partial(jax.jit, static_argnames=("dampings", "activation_order"))

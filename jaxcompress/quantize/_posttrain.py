@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxcompress._calibrate import calibrate
 from jaxcompress._layout import Layout, layout
@@ -15,6 +16,9 @@ from jaxcompress._program import Unit, name_of
 from jaxcompress._rules import assign
 from jaxcompress._sequential import Finished, sequential
 from jaxcompress._statistics import Observed, Statistic, absmax
+from jaxcompress.arrays import QuantizedArray
+from jaxcompress.arrays._fit import Fit
+from jaxcompress.arrays._quantized import store
 from jaxcompress.quantize._quantize import quantize
 from jaxcompress.quantize._resolve import map_rules
 from jaxcompress.quantize._specs import Spec
@@ -57,6 +61,12 @@ class Layer:
     def statistic(self, own: int) -> jax.Array:
         """The statistic as `[batch, ...]`; raises if nothing was seen."""
         return self.matrices.statistic(self.observed.of(self.name), own)
+
+    def stored(self, numbers: jax.Array, scale: jax.Array, zero: Any) -> QuantizedArray:
+        """The array of `numbers`, of the shape of the weight, as the spec says."""
+        static = self.static | {"float_dtype": np.dtype(self.weight.dtype)}
+        act = static.pop("act_scale"), static.pop("act_offset")
+        return store(numbers, Fit(scale, zero), *act, **static)
 
 
 @dataclasses.dataclass(frozen=True)

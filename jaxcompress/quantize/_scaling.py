@@ -8,16 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress._matrices import Matrices
 from jaxcompress._rules import assign
 from jaxcompress._statistics import Statistic, second_moment
 from jaxcompress.arrays import ScaledArray
-from jaxcompress.arrays._fit import Fit
 from jaxcompress.arrays._granularity import Axes, expand
 from jaxcompress.arrays._qtype import IntType
-from jaxcompress.arrays._quantized import store
 from jaxcompress.arrays._rounding import encode, scale_of
 from jaxcompress.quantize._posttrain import Layer, Progress, layerwise
 from jaxcompress.quantize._scales import full_scales, integers_only, searched_scales
@@ -262,7 +259,7 @@ def _scaled(
     layer: Layer, smooth: jax.Array, *, clip: bool, hessian: jax.Array | None = None
 ) -> ScaledArray:
     """The weight times `smooth[batch, k]`, rounded; the inverse is kept beside it."""
-    w, static = layer.weight, dict(layer.static)
+    w, static = layer.weight, layer.static
     spread = layer.matrices.features(smooth)
     scaled = w.astype(jnp.float32) * spread
     importance: Any = 1.0
@@ -274,7 +271,5 @@ def _scaled(
     scale, zero = _scales(scaled, importance, clip, *grain)
     axis, group_size, qtype = grain
     codes = encode(scaled, scale, zero, qtype, axis, group_size)
-    static["float_dtype"] = np.dtype(w.dtype)
-    act = static.pop("act_scale"), static.pop("act_offset")
-    array = store(codes, Fit(scale, zero), *act, **static)
+    array = layer.stored(codes, scale, zero)
     return ScaledArray(array, 1 / spread, path=static["path"])
