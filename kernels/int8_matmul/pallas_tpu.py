@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxcompress.kernels.pallas_tpu_tiles import tile, varying, whole_tiles
+
 __all__ = ["BLOCKS", "blocks", "int8_matmul"]
 
 # (block_m, block_n, block_k) by `device_kind`. A block of int8 has at least 32 rows and
@@ -43,10 +45,9 @@ def blocks(m: int, n: int, k: int, chip: str | None = None) -> tuple[int, int, i
     whole = [c for c in range(block_k, 127, -128) if k % c == 0]
     if k % 32:  # XLA stores w in tiles of eight rows: to repack more of them spills
         block_k = min(block_k, 256)
-    tiles = lambda size, tile: size if size <= tile else -(-size // tile) * tile
     return (
-        min(tiles(m, _ROWS), block_m),
-        min(tiles(n, _COLUMNS), block_n),
+        min(whole_tiles(m, _ROWS), block_m),
+        min(whole_tiles(n, _COLUMNS), block_n),
         min(k, whole[0] if whole else block_k),
     )
 
@@ -73,7 +74,7 @@ def int8_matmul(
     n = w.shape[1 if transpose_w else 2]
     scaled = x_scale is not None or w_scale is not None
     out = jax.ShapeDtypeStruct(
-        (b, m, n), dtype if scaled else jnp.int32, manual_axis_type=_varying(x, w)
+        (b, m, n), dtype if scaled else jnp.int32, manual_axis_type=varying(x, w)
     )
     if 0 in (b, m, n, k):
         return jnp.zeros(out.shape, out.dtype)
@@ -130,8 +131,8 @@ def _kernel(names, transpose_w, *refs):
 
     @pl.loop(0, block_m // tile_m * tiles_n)
     def _(i):
-        rows = _tile(lax.div(i, tiles_n), tile_m, block_m)
-        columns = _tile(lax.rem(i, tiles_n), tile_n, block_n)
+        rows = tile(lax.div(i, tiles_n), tile_m, block_m)
+        columns = tile(lax.rem(i, tiles_n), tile_n, block_n)
 
         @pl.when(step == 0)
         def _():
@@ -154,16 +155,3 @@ def _kernel(names, transpose_w, *refs):
             if "w_scale" in ref:
                 result = result.astype(jnp.float32) * ref["w_scale"][:, columns]
             out[rows, columns] = result.astype(out.dtype)
-
-
-def _tile(i, size, whole=None):
-    """The tile number `i`, of a size that the compiler may rely on; all of it if that is one."""
-    if size == whole:
-        return slice(None)
-    return pl.ds(pl.multiple_of(i * size, size), size)
-
-
-def _varying(*operands):
-    """Within `shard_map`, the axes of the mesh over which any operand varies."""
-    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
-    return jax.sharding.ManualAxisType(varying=axes)

@@ -7,7 +7,6 @@ each other, they fill whole vector registers of 8 rows.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from jaxcompress.kernels.pallas_tpu_tiles import pad, spread, tile, varying, weight_blocks
 
 __all__ = ["BLOCKS", "blocks", "quantized_matmul"]
 
@@ -43,15 +44,8 @@ def blocks(
     m: int, n: int, k: int, group_size: int | None = None, chip: str | None = None
 ) -> tuple[int, int, int]:
     """The blocks for a product of this size: a function of shape and chip alone."""
-    block_m, block_n, block_k = BLOCKS.get(chip or "", DEFAULT)
-    unit = math.lcm(_PACKED, min(group_size or 1, block_k))
-    if k <= block_k:
-        block_k = -(-k // unit) * unit
-    else:  # one that divides `k` needs no padding
-        fits = [c for c in range(block_k, 255, -256) if k % c == 0 and c % unit == 0]
-        block_k = fits[0] if fits else block_k
-    tiles = lambda size, tile: size if size <= tile else -(-size // tile) * tile
-    return min(tiles(m, _ROWS), block_m), min(tiles(n, _COLUMNS), block_n), block_k
+    largest = BLOCKS.get(chip or "", DEFAULT)
+    return weight_blocks(largest, (_ROWS, _COLUMNS), m, n, k, group_size)
 
 
 def quantized_matmul(
@@ -76,7 +70,7 @@ def quantized_matmul(
     """
     b, m, k = x.shape
     n = w.shape[1 if transpose_w else 2]
-    out = jax.ShapeDtypeStruct((b, m, n), dtype or x.dtype, manual_axis_type=_varying(x, w))
+    out = jax.ShapeDtypeStruct((b, m, n), dtype or x.dtype, manual_axis_type=varying(x, w))
     if 0 in (b, m, n, k):
         return jnp.zeros(out.shape, out.dtype)
     group = group_size if group_size is not None and group_size < k else None
@@ -85,14 +79,14 @@ def quantized_matmul(
     # Zeros in x beyond k: whatever stands in the weight there counts nothing.
     whole = -(-k // block_k) * block_k
     along = 2 if transpose_w else 1
-    x = _pad(x, 2, whole)
-    w = _pad(w, along, whole * stored // 8)
+    x = pad(x, 2, whole)
+    w = pad(w, along, whole * stored // 8)
     # A strip of the weight is decoded at a time. The scales that it needs are a slice of
     # their own: rows in the middle of a tile cannot be addressed.
     tall = _TALL if block_k % _TALL == 0 else block_k
     per_strip = max(1, tall // group) if group else 1
     slices = -(-whole // (per_strip * group)) if group else 1
-    sliced = lambda a: _pad(a.astype(jnp.float32), 1, slices * per_strip).reshape(
+    sliced = lambda a: pad(a.astype(jnp.float32), 1, slices * per_strip).reshape(
         b, slices, per_strip, n
     )
     operands = [x, w, sliced(scale)]
@@ -140,31 +134,31 @@ def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
     @pl.loop(0, block_k // tall * tiles)
     def _(i):
         strip = lax.div(i, tiles)
-        rows, columns = _tile(strip, tall, block_k), _tile(lax.rem(i, tiles), turned, block_n)
+        rows, columns = tile(strip, tall, block_k), tile(lax.rem(i, tiles), turned, block_n)
         if transpose_w:
             codes = w_ref[columns, rows].astype(jnp.int32)
         elif bits == 8:
             codes = w_ref[rows, :].astype(jnp.int32)
         else:
-            codes = _unpack(w_ref[_tile(strip, tall * bits // 8), :], bits)
+            codes = _unpack(w_ref[tile(strip, tall * bits // 8), :], bits)
         weight = codes.astype(jnp.float32)
         weight = weight.T if transpose_w else weight
         at = lax.div(step * block_k + strip * tall, max(tall, group)) if group else 0
         if zero_ref:
-            weight = weight - _spread(zero_ref[0][at, :, columns], tall)
+            weight = weight - spread(zero_ref[0][at, :, columns], tall)
         if group:
-            weight = weight * _spread(scale_ref[at, :, columns], tall)
+            weight = weight * spread(scale_ref[at, :, columns], tall)
         weight_ref[rows, columns] = weight.astype(x_ref.dtype)
 
-    here = _tile(step, block_k, x_ref.shape[1])
+    here = tile(step, block_k, x_ref.shape[1])
     tile_m = _ROWS if block_m % _ROWS == 0 else block_m
     tile_n = _COLUMNS if block_n % _COLUMNS == 0 else block_n
     tiles_n = block_n // tile_n
 
     @pl.loop(0, block_m // tile_m * tiles_n)
     def _(i):
-        rows = _tile(lax.div(i, tiles_n), tile_m, block_m)
-        columns = _tile(lax.rem(i, tiles_n), tile_n, block_n)
+        rows = tile(lax.div(i, tiles_n), tile_m, block_m)
+        columns = tile(lax.rem(i, tiles_n), tile_n, block_n)
 
         @pl.when(step == 0)
         def _():
@@ -186,21 +180,6 @@ def _kernel(bits, group, transpose_w, tall, x_ref, w_ref, scale_ref, *refs):
             out_ref[rows, columns] = sums.astype(out_ref.dtype)
 
 
-def _tile(i, size, whole=None):
-    """The tile number `i`, of a size that the compiler may rely on; all of it if that is one."""
-    if size == whole:
-        return slice(None)
-    return pl.ds(pl.multiple_of(i * size, size), size)
-
-
-def _spread(rows, count):
-    """Each of the rows as often as it takes to make `count`; a single one will broadcast."""
-    if rows.shape[0] == 1:
-        return rows
-    each = (rows.shape[0], count // rows.shape[0], rows.shape[1])
-    return jnp.broadcast_to(rows[:, None, :], each).reshape(count, rows.shape[1])
-
-
 def _unpack(packed, bits):
     """The int32 codes `[64 c, n]` of the bit planes `[8 bits c, n]`."""
     words = packed.astype(jnp.int32)
@@ -213,18 +192,3 @@ def _unpack(packed, bits):
         codes, start = part if codes is None else codes | part, start + width
     signed = (codes << (32 - bits)) >> (32 - bits)
     return signed.reshape(-1, signed.shape[2])
-
-
-def _pad(a, axis, size):
-    """Zeros behind `a` along `axis`, up to `size`."""
-    if a.shape[axis] == size:
-        return a
-    widths = [(0, 0)] * a.ndim
-    widths[axis] = (0, size - a.shape[axis])
-    return jnp.pad(a, widths)
-
-
-def _varying(*operands):
-    """Within `shard_map`, the axes of the mesh over which any operand varies."""
-    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
-    return jax.sharding.ManualAxisType(varying=axes)

@@ -7,7 +7,6 @@ the sums stay integers until the end.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from jaxcompress.kernels.pallas_tpu_tiles import pad, spread, varying, weight_blocks
 
 __all__ = ["BLOCKS", "blocks", "w4a8_matmul"]
 
@@ -42,15 +43,8 @@ def blocks(
     m: int, n: int, k: int, group_size: int | None = None, chip: str | None = None
 ) -> tuple[int, int, int]:
     """The blocks for a product of this size: a function of shape and chip alone."""
-    block_m, block_n, block_k = BLOCKS.get(chip or "", DEFAULT)
-    unit = math.lcm(_PACKED, min(group_size or 1, block_k))
-    if k <= block_k:
-        block_k = -(-k // unit) * unit
-    else:  # one that divides `k` needs no padding
-        fits = [c for c in range(block_k, 255, -256) if k % c == 0 and c % unit == 0]
-        block_k = fits[0] if fits else block_k
-    tiles = lambda size, tile: size if size <= tile else -(-size // tile) * tile
-    return min(tiles(m, _ROWS), block_m), min(tiles(n, _COLUMNS), block_n), block_k
+    largest = BLOCKS.get(chip or "", DEFAULT)
+    return weight_blocks(largest, (_ROWS, _COLUMNS), m, n, k, group_size)
 
 
 def w4a8_matmul(
@@ -74,21 +68,21 @@ def w4a8_matmul(
     """
     b, m, k = x.shape
     n = w.shape[2]
-    out = jax.ShapeDtypeStruct((b, m, n), dtype, manual_axis_type=_varying(x, w))
+    out = jax.ShapeDtypeStruct((b, m, n), dtype, manual_axis_type=varying(x, w))
     if 0 in (b, m, n, k):
         return jnp.zeros(out.shape, out.dtype)
     group = group_size if group_size is not None and group_size < k else None
     block_m, block_n, block_k = block or blocks(m, n, k, group, chip)
     # Zeros in x beyond k: whatever stands in the weight there counts nothing.
     whole = -(-k // block_k) * block_k
-    x = _pad(x, 2, whole)
-    w = _pad(w, 1, whole // 2)
+    x = pad(x, 2, whole)
+    w = pad(w, 1, whole // 2)
     # A strip of the weight is decoded at a time. The scales that it needs are a slice of
     # their own: rows in the middle of a tile cannot be addressed.
     tall = _TALL if block_k % _TALL == 0 else block_k
     per_strip = max(1, tall // group) if group else 1
     slices = -(-whole // (per_strip * group)) if group else 1
-    sliced = lambda a, kind: _pad(a.astype(kind), 1, slices * per_strip).reshape(
+    sliced = lambda a, kind: pad(a.astype(kind), 1, slices * per_strip).reshape(
         b, slices, per_strip, n
     )
     column = pl.BlockSpec((None, slices, per_strip, block_n), lambda b, i, j, k: (b, 0, 0, j))
@@ -137,7 +131,7 @@ def _kernel(names, group, tall, *refs):
     def _(i):
         codes = _unpack(ref["w"][_tile(i, tall // 2, block_k // 2), :])
         if "zero" in ref:
-            codes = codes - _spread(ref["zero"][slice_of(i * tall)], tall)
+            codes = codes - spread(ref["zero"][slice_of(i * tall)], tall)
         weight_ref[_tile(i, tall, block_k), :] = codes.astype(jnp.int8)
 
     part = min(block_k, group or block_k)
@@ -191,31 +185,8 @@ def _slice(start, size, whole):
     return pl.ds(pl.multiple_of(start, size), size)
 
 
-def _spread(rows, count):
-    """Each of the rows as often as it takes to make `count`; a single one will broadcast."""
-    if rows.shape[0] == 1:
-        return rows
-    each = (rows.shape[0], count // rows.shape[0], rows.shape[1])
-    return jnp.broadcast_to(rows[:, None, :], each).reshape(count, rows.shape[1])
-
-
 def _unpack(packed):
     """The int32 codes `[64 c, n]` of `[32 c, n]` bytes: 32 low halves, then 32 high ones."""
     words = packed.astype(jnp.int32).reshape(-1, _PACKED // 2, packed.shape[1])
     codes = jnp.concatenate([(words << 28) >> 28, (words << 24) >> 28], 1)
     return codes.reshape(-1, packed.shape[1])
-
-
-def _pad(a, axis, size):
-    """Zeros behind `a` along `axis`, up to `size`."""
-    if a.shape[axis] == size:
-        return a
-    widths = [(0, 0)] * a.ndim
-    widths[axis] = (0, size - a.shape[axis])
-    return jnp.pad(a, widths)
-
-
-def _varying(*operands):
-    """Within `shard_map`, the axes of the mesh over which any operand varies."""
-    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
-    return jax.sharding.ManualAxisType(varying=axes)
