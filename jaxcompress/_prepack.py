@@ -9,6 +9,7 @@ from jaxcompress._paths import map_with_paths
 from jaxcompress.arrays import (
     BitmapSparseArray,
     NMSparseArray,
+    PrunedInputArray,
     QuantizedArray,
     RotatedArray,
     ScaledArray,
@@ -59,7 +60,7 @@ def prepack(params: Any, *, layout: Any = None) -> Any:
         return params
 
     def one(path: str, leaf: Any, found: Layout | None) -> Any:
-        if isinstance(leaf, (ScaledArray, RotatedArray)):
+        if isinstance(leaf, (ScaledArray, RotatedArray, PrunedInputArray)):
             return replace(leaf, array=one(path, leaf.array, found))
         if isinstance(leaf, BitmapSparseArray) and not native_missing():
             columns = prepack_sparse(leaf, found.contract if found is not None else None)

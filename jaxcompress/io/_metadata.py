@@ -16,11 +16,13 @@ from jaxcompress.arrays import (
     IntType,
     NMSparseArray,
     OddType,
+    PrunedInputArray,
     QuantizedArray,
     RotatedArray,
     ScaledArray,
     TernaryType,
 )
+from jaxcompress.arrays._activation_sparsity import ActivationSparsity
 
 __all__ = ["CONTAINERS", "array_fields", "describe", "rebuild"]
 
@@ -34,10 +36,13 @@ CONTAINERS = {
         BlockSparseArray,
         ScaledArray,
         RotatedArray,
+        PrunedInputArray,
     )
 }
 _VALUES = {
-    c.__name__: c for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+    c.__name__: c
+    for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+    + (ActivationSparsity,)
 }
 
 

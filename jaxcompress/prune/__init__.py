@@ -1,5 +1,12 @@
 """Pruning: what to keep, inside an optimizer or after training, and storing only that."""
 
+from jaxcompress.arrays._activation_sparsity import (
+    ActivationSparsity,
+    nm_activations,
+    threshold_activations,
+    top_k_activations,
+)
+from jaxcompress.prune._activations import activation_sparsity, prune_activations
 from jaxcompress.prune._criteria import (
     Criterion,
     fisher,
@@ -33,6 +40,7 @@ from jaxcompress.prune._with_function import grasp, snip, synflow, wanda
 from jaxcompress.prune._zeroing import apply
 
 __all__ = [
+    "ActivationSparsity",
     "Criterion",
     "Distribution",
     "Leaf",
@@ -42,6 +50,7 @@ __all__ = [
     "Removal",
     "Schedule",
     "SparsifyState",
+    "activation_sparsity",
     "apply",
     "block",
     "by_rule",
@@ -63,12 +72,14 @@ __all__ = [
     "masks",
     "movement",
     "nm",
+    "nm_activations",
     "one_shot",
     "pack",
     "periodic",
     "polynomial",
     "proximal",
     "prune",
+    "prune_activations",
     "random",
     "regrow",
     "removable",
@@ -82,6 +93,8 @@ __all__ = [
     "straight_through",
     "synflow",
     "taylor",
+    "threshold_activations",
+    "top_k_activations",
     "uniform",
     "unstructured",
     "wanda",
