@@ -158,6 +158,16 @@ def test_thresholds_are_quantiles_of_each_layer():
     assert abs((np.asarray(out) == 0).mean() - 0.4) < 0.01  # a bin holds half of that
 
 
+def test_every_expert_has_its_threshold():
+    x, w = random(2, 5, 8), jnp.asarray(random(2, 8, 3, seed=1))
+    pruning = Sparse(0.5, static=True)
+    experts = {"w": PrunedInputArray(w, jnp.array([0.2, 1.0])[:, None, None], pruning=pruning)}
+    kept = np.where(np.abs(x) > np.array([0.2, 1.0])[:, None, None], x, 0)
+    out, rows = run(lambda p, x: jnp.einsum("emk,ekn->emn", x, p["w"]), experts, x)
+    assert not rows.materialised
+    assert_model(out, np.einsum("emk,ekn->emn", kept, w))
+
+
 def test_sparsity_counts_the_zeros_of_relu_too():
     x, w = random(50, 6), random(6, 8, seed=1)
     model = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
