@@ -23,6 +23,12 @@ from jaxcompress.prune._pack import pack
 from jaxcompress.prune._patterns import Pattern, block, channel, column, nm, row, unstructured
 from jaxcompress.prune._proximal import proximal
 from jaxcompress.prune._regrow import regrow, rigl, set_
+from jaxcompress.prune._remove_activations import (
+    ActivationRow,
+    Activations,
+    activations,
+    remove_activations,
+)
 from jaxcompress.prune._schedules import (
     Schedule,
     constant,
@@ -40,7 +46,9 @@ from jaxcompress.prune._with_function import grasp, snip, synflow, wanda
 from jaxcompress.prune._zeroing import apply
 
 __all__ = [
+    "ActivationRow",
     "ActivationSparsity",
+    "Activations",
     "Criterion",
     "Distribution",
     "Leaf",
@@ -51,6 +59,7 @@ __all__ = [
     "Schedule",
     "SparsifyState",
     "activation_sparsity",
+    "activations",
     "apply",
     "block",
     "by_rule",
@@ -83,6 +92,7 @@ __all__ = [
     "random",
     "regrow",
     "removable",
+    "remove_activations",
     "rigl",
     "row",
     "set_",
