@@ -20,7 +20,16 @@ from jaxcompress.prune._distributions import Distribution, Leaf, by_rule, erk, g
 from jaxcompress.prune._iterative import iterative, lottery_ticket
 from jaxcompress.prune._mask import mask
 from jaxcompress.prune._pack import pack
-from jaxcompress.prune._patterns import Pattern, block, channel, column, nm, row, unstructured
+from jaxcompress.prune._patterns import (
+    Pattern,
+    block,
+    channel,
+    column,
+    heads,
+    nm,
+    row,
+    unstructured,
+)
 from jaxcompress.prune._proximal import proximal
 from jaxcompress.prune._regrow import regrow, rigl, set_
 from jaxcompress.prune._remove_activations import (
@@ -73,6 +82,7 @@ __all__ = [
     "global_",
     "gradient",
     "grasp",
+    "heads",
     "iterative",
     "keep",
     "lottery_ticket",

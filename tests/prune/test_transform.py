@@ -120,9 +120,18 @@ def assert_pruned(params, masks):
     assert isinstance(masks["bias"], optax.MaskedNode)
 
 
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_contract(make):
-    tx, params = make(), parameters()
+def assert_clean(state, masks):
+    """What is remembered of a pruned weight is zero: every array of a weight's shape."""
+    by_shape = {masks[name].shape: np.asarray(masks[name]) for name in ("single", "half")}
+    for leaf in jax.tree.leaves(state):
+        mask = by_shape.get(leaf.shape)
+        if mask is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert not np.asarray(leaf, np.float32)[~mask].any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_contract(name):
+    tx, params = CASES[name](), parameters()
     state = tx.init(params)
     before = structure((params, state))
 
@@ -142,4 +151,6 @@ def test_contract(make):
     assert changed
     assert_pruned(params, masks)
     assert structure((params, state)) == before
+    if name.startswith("sparsify"):
+        assert_clean(state, masks)
     assert all(np.isfinite(np.asarray(p, np.float32)).all() for p in params.values())
