@@ -205,12 +205,5 @@ def large_gptq(size: int) -> dict[str, Any]:
         "size": size,
         "rows": sum(len(x) for x in batches),
         "minutes": (time.perf_counter() - begin) / 60,
-        "peak_gb": _peak_bytes() / 1e9,
+        "peak_gb": peak_bytes() / 1e9,
     }
-
-
-def _peak_bytes() -> int:
-    """Of this program alone, on Linux: `ru_maxrss` of a child begins with its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [peak] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    return int(peak) * 1024
