@@ -5,6 +5,7 @@ from jaxcompress.arrays._bitmap import BitmapSparseArray
 from jaxcompress.arrays._block import BlockSparseArray
 from jaxcompress.arrays._fake_quant import FakeQuantArray
 from jaxcompress.arrays._formats import CodebookType, FloatType, OddType, TernaryType
+from jaxcompress.arrays._low_rank import LowRankArray
 from jaxcompress.arrays._nm import NMSparseArray
 from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._prepacked_sparse import PrepackedSparseArray
@@ -22,6 +23,7 @@ __all__ = [
     "FakeQuantArray",
     "FloatType",
     "IntType",
+    "LowRankArray",
     "NMSparseArray",
     "OddType",
     "PrepackedArray",

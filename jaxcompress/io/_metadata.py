@@ -14,6 +14,7 @@ from jaxcompress.arrays import (
     FakeQuantArray,
     FloatType,
     IntType,
+    LowRankArray,
     NMSparseArray,
     OddType,
     QuantizedArray,
@@ -32,6 +33,7 @@ CONTAINERS = {
         BitmapSparseArray,
         NMSparseArray,
         BlockSparseArray,
+        LowRankArray,
         ScaledArray,
         RotatedArray,
     )

@@ -1,6 +1,6 @@
 """Quantization: specs, rounding to nearest, and training for it."""
 
-from jaxcompress._sequential import Finished
+from jaxcompress._sequential import Finished, Working
 from jaxcompress.quantize._adaround import adaround
 from jaxcompress.quantize._bias import bias_correct
 from jaxcompress.quantize._brecq import brecq
@@ -43,6 +43,7 @@ __all__ = [
     "LeafReport",
     "Report",
     "Spec",
+    "Working",
     "binary",
     "clip_weights",
     "adaround",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress._paths import map_with_paths
-from jaxcompress.arrays import FakeQuantArray, is_compressed
+from jaxcompress.arrays import FakeQuantArray, LowRankArray, is_compressed
 from jaxcompress.arrays._fit import fit
 from jaxcompress.quantize._methods import check_learned
 from jaxcompress.quantize._resolve import map_rules
@@ -100,8 +100,8 @@ def trainable(params: Any) -> Any:
 
     For `optax.multi_transform`: scales often want another learning rate than weights and
     no weight decay, and integers must not be touched by an optimizer at all. The weights
-    are floating leaves and those inside `FakeQuantArray`s, the scales those of
-    `FakeQuantArray`s; frozen are integers, and the scales that belong to them.
+    are floating leaves and those inside `FakeQuantArray`s and `LowRankArray`s, the scales
+    those of `FakeQuantArray`s; frozen are integers, and the scales that belong to them.
 
     Returns:
       A tree of labels in the structure of `params`, the insides of containers included.
@@ -121,7 +121,8 @@ def trainable(params: Any) -> Any:
                 lambda key, _: "weight" if key[-1].name == "weight" else "scale", leaf
             )
         if is_compressed(leaf):
-            return jax.tree.map(lambda _: "frozen", leaf)
+            same = "weight" if isinstance(leaf, LowRankArray) else "frozen"
+            return jax.tree.map(lambda _: same, leaf)
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         return "weight" if floating else "frozen"
 

@@ -12,7 +12,7 @@ BATCH = np.random.default_rng(9).normal(size=(24, 16)).astype(np.float32)
 
 
 def model(params, x):
-    for name in ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric"):
+    for name in ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric", "thin"):
         x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
     return x @ params["twin"]
 
@@ -25,7 +25,7 @@ def compressed():
         "kernel": jnp.asarray(random.normal(size=(16, 16)), jnp.float32),
         "bias": jnp.asarray(random.normal(size=16), jnp.bfloat16),
     }
-    names = ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric")
+    names = ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric", "thin")
     params = {name: dense() for name in names} | {"twin": dense()["kernel"]}
     stats = jc.calibrate(model, params, [BATCH], jc.statistics.absmax())
     rules = {
@@ -39,4 +39,5 @@ def compressed():
     masks = jc.prune.mask(params, jc.prune.unstructured(), 0.8, rules=["pruned/kernel"])
     params = jc.quantize.quantize(params, rules, stats=stats)
     params = jc.prune.pack(params, masks)
+    params = jc.prune.low_rank(params, ["thin/kernel"], rank=3)
     return jc.quantize.prepare_qat(params, {"twin": jc.quantize.w4a8()}, learn_scale=True)
