@@ -17,7 +17,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxcompress._program import body_of, step
 from jaxcompress.prune._axes_rules import Place
 from jaxcompress.prune._derivatives import aval_of
-from jaxcompress.prune._primitives import ELEMENTWISE, MOVES, REDUCTIONS, WINDOWS
+from jaxcompress._primitives import ELEMENTWISE, MOVES, REDUCTIONS, WINDOWS
 
 __all__ = ["Constants", "Known", "constants"]
 
