@@ -6,6 +6,7 @@ from jaxcompress.quantize._bias import bias_correct
 from jaxcompress.quantize._brecq import brecq
 from jaxcompress.quantize._equalize import equalize
 from jaxcompress.quantize._fold import fold_batch_norm
+from jaxcompress.quantize._fold_rotations import Rotatable, Turn, fold_rotations, rotatable
 from jaxcompress.quantize._format_specs import (
     binary,
     fp8_e4m3,
@@ -42,7 +43,9 @@ __all__ = [
     "Finished",
     "LeafReport",
     "Report",
+    "Rotatable",
     "Spec",
+    "Turn",
     "Working",
     "binary",
     "clip_weights",
@@ -57,6 +60,7 @@ __all__ = [
     "fp8_e5m2",
     "equalize",
     "fold_batch_norm",
+    "fold_rotations",
     "freeze",
     "freeze_ranges",
     "gptq",
@@ -75,6 +79,7 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "report",
+    "rotatable",
     "rotate",
     "sensitivity",
     "ternary",
