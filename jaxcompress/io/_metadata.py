@@ -9,6 +9,7 @@ from jaxcompress.arrays import (
     Activation,
     BitmapSparseArray,
     BlockSparseArray,
+    CodebookArray,
     CodebookType,
     CompressedArray,
     FakeQuantArray,
@@ -32,6 +33,7 @@ CONTAINERS = {
         BitmapSparseArray,
         NMSparseArray,
         BlockSparseArray,
+        CodebookArray,
         ScaledArray,
         RotatedArray,
     )

@@ -25,6 +25,7 @@ from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
 from jaxcompress.quantize._rotate import rotate
 from jaxcompress.quantize._scaling import awq, smoothquant
 from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
+from jaxcompress.quantize._share import Codebook, codebook, share
 from jaxcompress.quantize._specs import (
     Spec,
     int2,
@@ -39,6 +40,7 @@ from jaxcompress.quantize._specs import (
 )
 
 __all__ = [
+    "Codebook",
     "Finished",
     "LeafReport",
     "Report",
@@ -49,6 +51,7 @@ __all__ = [
     "awq",
     "bias_correct",
     "brecq",
+    "codebook",
     "convert",
     "delayed",
     "dorefa",
@@ -76,6 +79,7 @@ __all__ = [
     "report",
     "rotate",
     "sensitivity",
+    "share",
     "ternary",
     "smoothquant",
     "trainable",

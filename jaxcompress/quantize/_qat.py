@@ -100,8 +100,9 @@ def trainable(params: Any) -> Any:
 
     For `optax.multi_transform`: scales often want another learning rate than weights and
     no weight decay, and integers must not be touched by an optimizer at all. The weights
-    are floating leaves and those inside `FakeQuantArray`s, the scales those of
-    `FakeQuantArray`s; frozen are integers, and the scales that belong to them.
+    are floating leaves, those inside `FakeQuantArray`s, and the shared values of
+    `CodebookArray`s; the scales are those of `FakeQuantArray`s; frozen are integers, and the
+    scales that belong to them.
 
     Returns:
       A tree of labels in the structure of `params`, the insides of containers included.
@@ -121,7 +122,9 @@ def trainable(params: Any) -> Any:
                 lambda key, _: "weight" if key[-1].name == "weight" else "scale", leaf
             )
         if is_compressed(leaf):
-            return jax.tree.map(lambda _: "frozen", leaf)
+            return jax.tree_util.tree_map_with_path(
+                lambda key, _: "weight" if key[-1].name == "codebook" else "frozen", leaf
+            )
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         return "weight" if floating else "frozen"
 
