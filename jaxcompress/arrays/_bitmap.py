@@ -76,6 +76,9 @@ class BitmapSparseArray(SparseArray):
             scatter = jax.vmap(scatter)
         return scatter(self.bitmap, values)[..., : math.prod(self.core)].reshape(self.shape)
 
+    def planes(self) -> dict[str, tuple[int, int]]:
+        return {**super().planes(), "bitmap": (1, -1)}
+
     def lowered(self) -> QuantizedArray | jax.Array:
         why = "zeros are put back at every call (jc.prepack does it once, or needs none)"
         self.note("expand", "bitmap", "reference", why)
