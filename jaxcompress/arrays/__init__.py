@@ -3,6 +3,7 @@
 from jaxcompress.arrays._base import CompressedArray, is_compressed
 from jaxcompress.arrays._bitmap import BitmapSparseArray
 from jaxcompress.arrays._block import BlockSparseArray
+from jaxcompress.arrays._codebook import CodebookArray
 from jaxcompress.arrays._fake_quant import FakeQuantArray
 from jaxcompress.arrays._formats import CodebookType, FloatType, OddType, TernaryType
 from jaxcompress.arrays._low_rank import LowRankArray
@@ -17,8 +18,9 @@ from jaxcompress.arrays._scaled import ScaledArray
 __all__ = [
     "Activation",
     "BitmapSparseArray",
-    "CodebookType",
     "BlockSparseArray",
+    "CodebookArray",
+    "CodebookType",
     "CompressedArray",
     "FakeQuantArray",
     "FloatType",

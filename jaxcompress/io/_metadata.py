@@ -9,6 +9,7 @@ from jaxcompress.arrays import (
     Activation,
     BitmapSparseArray,
     BlockSparseArray,
+    CodebookArray,
     CodebookType,
     CompressedArray,
     FakeQuantArray,
@@ -23,7 +24,7 @@ from jaxcompress.arrays import (
     TernaryType,
 )
 
-__all__ = ["CONTAINERS", "array_fields", "describe", "rebuild"]
+__all__ = ["CONTAINERS", "array_fields", "bit_planes", "describe", "rebuild"]
 
 CONTAINERS = {
     c.__name__: c
@@ -34,6 +35,7 @@ CONTAINERS = {
         NMSparseArray,
         BlockSparseArray,
         LowRankArray,
+        CodebookArray,
         ScaledArray,
         RotatedArray,
     )
@@ -70,6 +72,16 @@ def array_fields(array: CompressedArray) -> dict[str, Any]:
             found |= {f"{f.name}.{k}": part for k, part in array_fields(value).items()}
         elif value is not None and not f.metadata.get("static"):
             found[f.name] = value
+    return found
+
+
+def bit_planes(array: CompressedArray) -> dict[str, tuple[int, int]]:
+    """Bits and axis of the fields that are bit planes, named as in `array_fields`."""
+    found = array.planes()
+    for f in dataclasses.fields(array):
+        part = getattr(array, f.name)
+        if isinstance(part, CompressedArray):
+            found |= {f"{f.name}.{k}": how for k, how in bit_planes(part).items()}
     return found
 
 

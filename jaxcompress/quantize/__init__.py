@@ -26,6 +26,7 @@ from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
 from jaxcompress.quantize._rotate import rotate
 from jaxcompress.quantize._scaling import awq, smoothquant
 from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
+from jaxcompress.quantize._share import Codebook, codebook, share
 from jaxcompress.quantize._specs import (
     Spec,
     int2,
@@ -40,6 +41,7 @@ from jaxcompress.quantize._specs import (
 )
 
 __all__ = [
+    "Codebook",
     "Finished",
     "LeafReport",
     "Report",
@@ -53,6 +55,7 @@ __all__ = [
     "awq",
     "bias_correct",
     "brecq",
+    "codebook",
     "convert",
     "delayed",
     "dorefa",
@@ -82,6 +85,7 @@ __all__ = [
     "rotatable",
     "rotate",
     "sensitivity",
+    "share",
     "ternary",
     "smoothquant",
     "trainable",

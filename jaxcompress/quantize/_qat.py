@@ -100,8 +100,9 @@ def trainable(params: Any) -> Any:
 
     For `optax.multi_transform`: scales often want another learning rate than weights and
     no weight decay, and integers must not be touched by an optimizer at all. The weights
-    are floating leaves and those inside `FakeQuantArray`s and `LowRankArray`s, the scales
-    those of `FakeQuantArray`s; frozen are integers, and the scales that belong to them.
+    are floating leaves, those inside `FakeQuantArray`s and `LowRankArray`s, and the shared
+    values of `CodebookArray`s; the scales are those of `FakeQuantArray`s; frozen are integers,
+    and the scales that belong to them.
 
     Returns:
       A tree of labels in the structure of `params`, the insides of containers included.
@@ -121,8 +122,10 @@ def trainable(params: Any) -> Any:
                 lambda key, _: "weight" if key[-1].name == "weight" else "scale", leaf
             )
         if is_compressed(leaf):
-            same = "weight" if isinstance(leaf, LowRankArray) else "frozen"
-            return jax.tree.map(lambda _: same, leaf)
+            trained = lambda key: isinstance(leaf, LowRankArray) or key[-1].name == "codebook"
+            return jax.tree_util.tree_map_with_path(
+                lambda key, _: "weight" if trained(key) else "frozen", leaf
+            )
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         return "weight" if floating else "frozen"
 
