@@ -16,6 +16,7 @@ from flax import serialization
 
 import jaxcompress as jc
 from _compare_models import Model
+from _harness import peak_bytes
 
 __all__ = ["gptq_seconds", "large_gptq", "post_training", "training"]
 

@@ -1,4 +1,4 @@
-"""The same network, with the same weights, as an ONNX graph; and onnxruntime's own dynamic int8 of it."""
+"""The same network, with the same weights, in ONNX, and onnxruntime's dynamic int8 of it."""
 
 import tempfile
 from pathlib import Path

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +119,17 @@ def peak(file: Path, texts: Path) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def every(encode: Any, batches: list[tuple[Any, Any]]) -> list[Any]:
+    return [encode(*batch) for batch in batches]
+
+
 def speed(encoders: dict[str, Any], tokens: list[list[int]], quick: bool) -> dict[str, Any]:
     """Texts a second by batch size, all variants in turns."""
     found: dict[str, dict[str, Any]] = {name: {} for name in encoders}
     for at_once, count in BATCHES.items():
         chosen = sorted(tokens[: 32 if quick else count], key=len)
         batches = padded(chosen, at_once)
-        runs = {
-            name: lambda encode=encode: [encode(*batch) for batch in batches]
-            for name, encode in encoders.items()
-        }
+        runs = {name: partial(every, encode, batches) for name, encode in encoders.items()}
         times = interleaved(runs, 5 if quick else 40, 60.0)
         base = times["float32"]
         for name, ms in times.items():

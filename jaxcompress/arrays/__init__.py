@@ -10,6 +10,7 @@ from jaxcompress.arrays._low_rank import LowRankArray
 from jaxcompress.arrays._nm import NMSparseArray
 from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._prepacked_sparse import PrepackedSparseArray
+from jaxcompress.arrays._pruned_input import PrunedInputArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._rotated import RotatedArray
@@ -30,6 +31,7 @@ __all__ = [
     "OddType",
     "PrepackedArray",
     "PrepackedSparseArray",
+    "PrunedInputArray",
     "QuantizedArray",
     "RotatedArray",
     "ScaledArray",

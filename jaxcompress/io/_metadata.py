@@ -18,11 +18,13 @@ from jaxcompress.arrays import (
     LowRankArray,
     NMSparseArray,
     OddType,
+    PrunedInputArray,
     QuantizedArray,
     RotatedArray,
     ScaledArray,
     TernaryType,
 )
+from jaxcompress.arrays._activation_sparsity import ActivationSparsity
 
 __all__ = ["CONTAINERS", "array_fields", "bit_planes", "describe", "rebuild"]
 
@@ -38,10 +40,13 @@ CONTAINERS = {
         CodebookArray,
         ScaledArray,
         RotatedArray,
+        PrunedInputArray,
     )
 }
 _VALUES = {
-    c.__name__: c for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+    c.__name__: c
+    for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+    + (ActivationSparsity,)
 }
 
 

@@ -1,5 +1,12 @@
 """Pruning: what to keep, inside an optimizer or after training, and storing only that."""
 
+from jaxcompress.arrays._activation_sparsity import (
+    ActivationSparsity,
+    nm_activations,
+    threshold_activations,
+    top_k_activations,
+)
+from jaxcompress.prune._activations import activation_sparsity, prune_activations
 from jaxcompress.prune._criteria import (
     Criterion,
     fisher,
@@ -34,6 +41,7 @@ from jaxcompress.prune._with_function import grasp, snip, synflow, wanda
 from jaxcompress.prune._zeroing import apply
 
 __all__ = [
+    "ActivationSparsity",
     "Criterion",
     "Distribution",
     "Leaf",
@@ -43,6 +51,7 @@ __all__ = [
     "Removal",
     "Schedule",
     "SparsifyState",
+    "activation_sparsity",
     "apply",
     "block",
     "by_rule",
@@ -65,12 +74,14 @@ __all__ = [
     "masks",
     "movement",
     "nm",
+    "nm_activations",
     "one_shot",
     "pack",
     "periodic",
     "polynomial",
     "proximal",
     "prune",
+    "prune_activations",
     "random",
     "regrow",
     "removable",
@@ -84,6 +95,8 @@ __all__ = [
     "straight_through",
     "synflow",
     "taylor",
+    "threshold_activations",
+    "top_k_activations",
     "uniform",
     "unstructured",
     "wanda",
