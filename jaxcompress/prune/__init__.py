@@ -18,6 +18,7 @@ from jaxcompress.prune._criteria import (
 )
 from jaxcompress.prune._distributions import Distribution, Leaf, by_rule, erk, global_, uniform
 from jaxcompress.prune._iterative import iterative, lottery_ticket
+from jaxcompress.prune._low_rank import low_rank
 from jaxcompress.prune._mask import mask
 from jaxcompress.prune._pack import pack
 from jaxcompress.prune._patterns import (
@@ -86,6 +87,7 @@ __all__ = [
     "iterative",
     "keep",
     "lottery_ticket",
+    "low_rank",
     "magnitude",
     "mask",
     "masks",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress._paths import map_with_paths
-from jaxcompress.arrays import FakeQuantArray, PrunedInputArray, is_compressed
+from jaxcompress.arrays import FakeQuantArray, LowRankArray, PrunedInputArray, is_compressed
 from jaxcompress.arrays._fit import fit
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.quantize._methods import check_learned
@@ -106,9 +106,9 @@ def trainable(params: Any) -> Any:
 
     For `optax.multi_transform`: scales often want another learning rate than weights and
     no weight decay, and integers must not be touched by an optimizer at all. The weights
-    are floating leaves and those inside `FakeQuantArray`s, the scales those of
-    `FakeQuantArray`s; frozen are integers, the scales that belong to them, and thresholds
-    of activations.
+    are floating leaves, those inside `FakeQuantArray`s and `LowRankArray`s, and the shared
+    values of `CodebookArray`s; the scales are those of `FakeQuantArray`s; frozen are integers,
+    the scales that belong to them, and thresholds of activations.
 
     Returns:
       A tree of labels in the structure of `params`, the insides of containers included.
@@ -131,7 +131,10 @@ def trainable(params: Any) -> Any:
             frozen = jax.tree.map(lambda _: "frozen", leaf)
             return replace(frozen, array=label(path, leaf.array))
         if is_compressed(leaf):
-            return jax.tree.map(lambda _: "frozen", leaf)
+            trained = lambda key: isinstance(leaf, LowRankArray) or key[-1].name == "codebook"
+            return jax.tree_util.tree_map_with_path(
+                lambda key, _: "weight" if trained(key) else "frozen", leaf
+            )
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         return "weight" if floating else "frozen"
 
