@@ -10,9 +10,9 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from jaxcompress._neighbours import Neighbours, Product, neighbours_of, product_of
+from jaxcompress._primitives import ELEMENTWISE
 from jaxcompress._program import Program, Unit, name_of, step
 from jaxcompress.prune._derivatives import aval_of
-from jaxcompress.prune._primitives import ELEMENTWISE
 
 __all__ = ["Between", "along", "betweens", "evaluate", "merged", "sizes", "without"]
 
