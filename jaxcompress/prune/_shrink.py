@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxcompress._model import Model, arrays_of, trace_model
 from jaxcompress._paths import leaves_with_paths, rebuild, subtrees
+from jaxcompress._program import is_array
 from jaxcompress.arrays import is_compressed
 from jaxcompress.prune._axes import Frame, follow
 from jaxcompress.prune._axes_rules import Place, Sum
@@ -226,7 +227,7 @@ def _analyse(fn: Callable[..., Any], params: Any, masks: Any, example: Any) -> _
 
 def _of_two(example: Any) -> Any:
     """Shapes with a first axis of two instead of one; None if any array has another there."""
-    arrays = [x for x in _arrays(example) if x.ndim]
+    arrays = [x for x in arrays_of(example) if x.ndim]
     if not arrays or any(x.shape[0] != 1 for x in arrays):
         return None
     wide = lambda x: (
