@@ -62,7 +62,7 @@ def networks(params: dict[str, Any], share: float) -> Iterator[tuple[str, Callab
 
     import jaxcompress as jc
 
-    k, n = params["up"].shape
+    (k, n), sizes = params["up"].shape, jax.tree.map(abs, params)
     formats = {"float32": None, "w8a8": jc.quantize.w8a8(), "int8": jc.quantize.int8()}
 
     def quantized(params: Any, name: str) -> Any:
@@ -70,7 +70,7 @@ def networks(params: dict[str, Any], share: float) -> Iterator[tuple[str, Callab
         return params if spec is None else jc.quantize.quantize(params, {".*": spec})
 
     def packed(pattern: Any, sparsity: float, *names: str) -> dict[str, Any]:
-        masks = jc.prune.mask(params, pattern, sparsity)
+        masks = jc.prune.mask(sizes, pattern, sparsity)
         store = None if pattern.store is None else pattern
         return {
             name: jc.prune.pack(quantized(params, name), masks, pattern=store) for name in names
@@ -90,7 +90,7 @@ def networks(params: dict[str, Any], share: float) -> Iterator[tuple[str, Callab
         yield f"blocks of 32x128, {name}", block, jc.prepack(held)
     rank = max(1, int((1 - share) * k * n / (k + n)))  # as many numbers
     yield "low rank, float32", block, jc.prune.low_rank(params, [".*"], rank=rank)
-    masks = jc.prune.mask(params, jc.prune.channel(), share, rules=["up"])
+    masks = jc.prune.mask(sizes, jc.prune.channel(), share, rules=["up"])
     x = jax.ShapeDtypeStruct((2, k), jnp.float32)
     smaller, small = jc.prune.shrink(block, params, masks, x)
     for name in some:

@@ -94,7 +94,7 @@ def test_the_line_of_each_channel_is_that_of_least_squares(bias):
 
 def test_the_least_matters_first_and_a_chain_becomes_one_matrix():
     params, x = layers(3, 16, 16, 4), positive(20, 3, seed=9)
-    fn = chain(lambda x: jnp.sin(9 * x), relu)
+    fn = chain(lambda x: jnp.sin(9 * x), lambda x: relu(x + 4))
     one_fn, one = jc.prune.remove_activations(fn, params, [x], count=1)
     assert "sin" in str(jax.make_jaxpr(one_fn)(one, x))
     assert_model(jax.jit(one_fn)(one, x), fn(exact(params), x.astype(np.float64)), steps=200)
