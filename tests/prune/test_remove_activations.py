@@ -135,6 +135,7 @@ UNFIT = {
     "a norm of the data": lambda p, x: jax.nn.standardize(x @ p["a"]) @ p["b"],
     "a softmax": lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"],
     "returned": lambda p, x: (lambda h: (h, h @ p["b"]))(relu(x @ p["a"])),
+    "returned before": lambda p, x: (lambda z: (z, relu(z) @ p["b"]))(x @ p["a"]),
     "shared": lambda p, x: relu(x @ p["a"]) @ p["a"],
     "stacked": lambda p, x: jax.lax.scan(lambda x, w: (relu(x @ w), None), x, p["s"])[0],
 }

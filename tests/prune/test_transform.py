@@ -61,6 +61,13 @@ def sparsify(inner, **kwargs):
     return jc.prune.sparsify(inner, *PARTS, **kwargs)
 
 
+def ramped(inner):
+    """More is pruned at each step, so that there are moments to clear."""
+    criterion, pattern, _ = PARTS
+    ramp = jc.prune.polynomial(SPARSITY, begin=0, end=2)
+    return jc.prune.sparsify(inner, criterion, pattern, ramp)
+
+
 def labels(params):
     return {k: "pruned" if v.ndim == 2 else "plain" for k, v in params.items()}
 
@@ -96,8 +103,8 @@ WRAPPERS = {
 }
 FORMS = {"prune": prune, "sparsify": sparsify}
 CASES = {
-    f"{form}-{name}": (lambda f, o: lambda: f(o()))(FORMS[form], OPTIMIZERS[name])
-    for form in FORMS
+    f"{form}-{name}": (lambda f, o: lambda: f(o()))(make, OPTIMIZERS[name])
+    for form, make in {"prune": prune, "sparsify": ramped}.items()
     for name in OPTIMIZERS
 } | {
     f"{form}-{name}": (lambda f, w: lambda: w(f))(FORMS[form], WRAPPERS[name])
