@@ -136,9 +136,9 @@ def assert_clean(state, masks):
             assert not np.asarray(leaf, np.float32)[~mask].any()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_contract(name):
-    tx, params = CASES[name](), parameters()
+@pytest.mark.parametrize("case", CASES)
+def test_contract(case):
+    tx, params = CASES[case](), parameters()
     state = tx.init(params)
     before = structure((params, state))
 
@@ -158,6 +158,6 @@ def test_contract(name):
     assert changed
     assert_pruned(params, masks)
     assert structure((params, state)) == before
-    if name.startswith("sparsify"):
+    if case.startswith("sparsify"):
         assert_clean(state, masks)
     assert all(np.isfinite(np.asarray(p, np.float32)).all() for p in params.values())
