@@ -1,5 +1,12 @@
 """Pruning: what to keep, inside an optimizer or after training, and storing only that."""
 
+from jaxcompress.arrays._activation_sparsity import (
+    ActivationSparsity,
+    nm_activations,
+    threshold_activations,
+    top_k_activations,
+)
+from jaxcompress.prune._activations import activation_sparsity, prune_activations
 from jaxcompress.prune._criteria import (
     Criterion,
     fisher,
@@ -35,6 +42,7 @@ from jaxcompress.prune._with_function import grasp, snip, synflow, wanda
 from jaxcompress.prune._zeroing import apply
 
 __all__ = [
+    "ActivationSparsity",
     "Criterion",
     "Distribution",
     "Leaf",
@@ -44,6 +52,7 @@ __all__ = [
     "Removal",
     "Schedule",
     "SparsifyState",
+    "activation_sparsity",
     "apply",
     "block",
     "block_influence",
@@ -68,12 +77,14 @@ __all__ = [
     "masks",
     "movement",
     "nm",
+    "nm_activations",
     "one_shot",
     "pack",
     "periodic",
     "polynomial",
     "proximal",
     "prune",
+    "prune_activations",
     "random",
     "regrow",
     "removable",
@@ -87,6 +98,8 @@ __all__ = [
     "straight_through",
     "synflow",
     "taylor",
+    "threshold_activations",
+    "top_k_activations",
     "uniform",
     "unstructured",
     "wanda",

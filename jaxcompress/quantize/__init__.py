@@ -6,6 +6,7 @@ from jaxcompress.quantize._bias import bias_correct
 from jaxcompress.quantize._brecq import brecq
 from jaxcompress.quantize._equalize import equalize
 from jaxcompress.quantize._fold import fold_batch_norm
+from jaxcompress.quantize._fold_rotations import Rotatable, Turn, fold_rotations, rotatable
 from jaxcompress.quantize._format_specs import (
     binary,
     fp8_e4m3,
@@ -25,6 +26,7 @@ from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
 from jaxcompress.quantize._rotate import rotate
 from jaxcompress.quantize._scaling import awq, smoothquant
 from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
+from jaxcompress.quantize._share import Codebook, codebook, share
 from jaxcompress.quantize._specs import (
     Spec,
     int2,
@@ -39,10 +41,13 @@ from jaxcompress.quantize._specs import (
 )
 
 __all__ = [
+    "Codebook",
     "Finished",
     "LeafReport",
     "Report",
+    "Rotatable",
     "Spec",
+    "Turn",
     "Working",
     "binary",
     "clip_weights",
@@ -50,6 +55,7 @@ __all__ = [
     "awq",
     "bias_correct",
     "brecq",
+    "codebook",
     "convert",
     "delayed",
     "dorefa",
@@ -57,6 +63,7 @@ __all__ = [
     "fp8_e5m2",
     "equalize",
     "fold_batch_norm",
+    "fold_rotations",
     "freeze",
     "freeze_ranges",
     "gptq",
@@ -75,8 +82,10 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "report",
+    "rotatable",
     "rotate",
     "sensitivity",
+    "share",
     "ternary",
     "smoothquant",
     "trainable",
