@@ -12,8 +12,9 @@ competition of its own, blocks and damping were chosen on 1,000 others again, no
 items. Differences to the dense model are paired.
 
 Expected: SparseGPT at 50 % within one standard error of the dense model's recall (.468 of .480),
-with int4 too, above .44 with two of four, above .42 at 70 %. Writes experiments/results/prune_minilm.json and .png; a
-run that was cut off goes on after its last finished row.
+with int4 too, above .44 with two of four, above .42 at 70 %. Writes
+experiments/results/prune_minilm.json and .png; a run that was cut off goes on after its last
+finished row.
 """
 
 import argparse
