@@ -81,6 +81,13 @@ class NMSparseArray(SparseArray):
             out = jnp.where(one(places) == place, one(values), out)
         return out.reshape(self.shape)
 
+    @property
+    def packed_axis(self) -> int:
+        return self.along
+
+    def planes(self) -> dict[str, tuple[int, int]]:
+        return {**super().planes(), "indices": (index_bits(self.m), self.along)}
+
     def lowered(self) -> QuantizedArray | jax.Array:
         why = f"zeros are put back: no {self.n}:{self.m} product yet"
         self.note("expand", "nm", "reference", why)

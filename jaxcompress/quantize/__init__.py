@@ -1,6 +1,6 @@
 """Quantization: specs, rounding to nearest, and training for it."""
 
-from jaxcompress._sequential import Finished
+from jaxcompress._sequential import Finished, Working
 from jaxcompress.quantize._adaround import adaround
 from jaxcompress.quantize._bias import bias_correct
 from jaxcompress.quantize._brecq import brecq
@@ -26,6 +26,7 @@ from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
 from jaxcompress.quantize._rotate import rotate
 from jaxcompress.quantize._scaling import awq, smoothquant
 from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
+from jaxcompress.quantize._share import Codebook, codebook, share
 from jaxcompress.quantize._specs import (
     Spec,
     int2,
@@ -40,18 +41,21 @@ from jaxcompress.quantize._specs import (
 )
 
 __all__ = [
+    "Codebook",
     "Finished",
     "LeafReport",
     "Report",
     "Rotatable",
     "Spec",
     "Turn",
+    "Working",
     "binary",
     "clip_weights",
     "adaround",
     "awq",
     "bias_correct",
     "brecq",
+    "codebook",
     "convert",
     "delayed",
     "dorefa",
@@ -81,6 +85,7 @@ __all__ = [
     "rotatable",
     "rotate",
     "sensitivity",
+    "share",
     "ternary",
     "smoothquant",
     "trainable",
