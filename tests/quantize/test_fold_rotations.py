@@ -164,7 +164,7 @@ def two(middle):
     return lambda p, x: middle(x @ p["a"], p) @ p["b"]
 
 
-SHAPES = dict.fromkeys("abde", (12, 12)) | {"g": (12,), "c": (12,)}
+SHAPES = dict.fromkeys("abde", (12, 12)) | {"g": (12,), "c": (12,), "m": (2, 12, 12)}
 TURNS = {
     "nothing": lambda y, p: y,
     "bias": lambda y, p: y + p["c"],
@@ -193,6 +193,7 @@ TURNS = {
     "convolution": lambda y, p: jax.lax.conv_general_dilated(
         y, p["d"][None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
     ),
+    "experts": lambda y, p: jax.lax.ragged_dot(y[0] * p["g"] + p["c"], p["m"], jnp.array([2, 3])),
     "cast": lambda y, p: jax.lax.optimization_barrier(jax.lax.stop_gradient(y)),
     "transposed": lambda y, p: (p["d"].T @ y[..., None])[..., 0],
 }
@@ -250,6 +251,7 @@ STAYS = {
 def test_what_turns(name):
     params = draw(SHAPES)
     _, turned = assert_same(two(TURNS[name]), params, X)
+    assert turned.get(("m", -2), 12) == 12
     assert turned["b", -2] == {"halves": 6, "heads turned round": 4}.get(name, 12)
 
 
