@@ -37,7 +37,12 @@ def _nonlinear(facts: Facts, eqn: JaxprEqn, ins: list[Value]) -> list[Axes]:
 def _sum(facts: Facts, eqn: JaxprEqn, ins: list[Value]) -> list[Axes]:
     ins = [value for v, value in zip(eqn.invars, ins) if not is_zero(v)] or ins
     why = f"{eqn.primitive.name} puts the same number into all of its features"
-    return by_dimension(facts, eqn, ins, lambda labels: facts.together(labels, why))
+
+    def join(labels: list[Label | None]) -> Label | None:
+        squared = any(label is not None and label.squared for label in labels)
+        return facts.together(labels, "its squares are added to something" if squared else why)
+
+    return by_dimension(facts, eqn, ins, join)
 
 
 def _select(facts: Facts, eqn: JaxprEqn, ins: list[Value]) -> list[Axes]:
