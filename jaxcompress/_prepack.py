@@ -10,6 +10,7 @@ from jaxcompress.arrays import (
     BitmapSparseArray,
     CodebookArray,
     NMSparseArray,
+    PrunedInputArray,
     QuantizedArray,
     RotatedArray,
     ScaledArray,
@@ -60,7 +61,7 @@ def prepack(params: Any, *, layout: Any = None) -> Any:
         return params
 
     def one(path: str, leaf: Any, found: Layout | None) -> Any:
-        if isinstance(leaf, (ScaledArray, RotatedArray)):
+        if isinstance(leaf, (ScaledArray, RotatedArray, PrunedInputArray)):
             return replace(leaf, array=one(path, leaf.array, found))
         if isinstance(leaf, CodebookArray):
             return leaf.materialise()

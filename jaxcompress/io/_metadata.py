@@ -15,13 +15,16 @@ from jaxcompress.arrays import (
     FakeQuantArray,
     FloatType,
     IntType,
+    LowRankArray,
     NMSparseArray,
     OddType,
+    PrunedInputArray,
     QuantizedArray,
     RotatedArray,
     ScaledArray,
     TernaryType,
 )
+from jaxcompress.arrays._activation_sparsity import ActivationSparsity
 
 __all__ = ["CONTAINERS", "array_fields", "bit_planes", "describe", "rebuild"]
 
@@ -33,13 +36,17 @@ CONTAINERS = {
         BitmapSparseArray,
         NMSparseArray,
         BlockSparseArray,
+        LowRankArray,
         CodebookArray,
         ScaledArray,
         RotatedArray,
+        PrunedInputArray,
     )
 }
 _VALUES = {
-    c.__name__: c for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+    c.__name__: c
+    for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+    + (ActivationSparsity,)
 }
 
 

@@ -10,7 +10,7 @@ import jaxcompress as jc
 
 BATCH = np.random.default_rng(9).normal(size=(24, 16)).astype(np.float32)
 
-NAMES = ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric", "shared", "shared_pruned")
+NAMES = ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric", "shared", "shared_pruned", "thin")
 
 
 def model(params, x):
@@ -42,4 +42,5 @@ def compressed():
     shared = {"shared.*/kernel": jc.quantize.codebook(bits=3)}
     params = jc.quantize.share(params, shared, masks=masks)
     params = jc.prune.pack(params, masks)
+    params = jc.prune.low_rank(params, ["thin/kernel"], rank=3)
     return jc.quantize.prepare_qat(params, {"twin": jc.quantize.w4a8()}, learn_scale=True)
