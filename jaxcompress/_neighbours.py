@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
@@ -75,10 +76,10 @@ class Neighbours:
         size = value.aval.shape[dimension]
         if leaf.size != size:
             return False
-        numbers = jnp.arange(size)
-        seen = np.asarray(self.view(value)(numbers.reshape(leaf.shape)))
+        with jax.ensure_compile_time_eval():  # the program may be read within another trace
+            seen = np.asarray(self.view(value)(jnp.arange(size).reshape(leaf.shape)))
         shape = [size if d == dimension else 1 for d in range(seen.ndim)]
-        return bool(np.all(seen == np.asarray(numbers).reshape(shape)))
+        return bool(np.all(seen == np.arange(size).reshape(shape)))
 
     def _views(self, value: Any) -> tuple[Var | None, list[JaxprEqn]]:
         """The input that `value` is a view of, and the steps between; each used once."""

@@ -22,9 +22,24 @@ from jaxcompress.prune._iterative import iterative, lottery_ticket
 from jaxcompress.prune._low_rank import low_rank
 from jaxcompress.prune._mask import mask
 from jaxcompress.prune._pack import pack
-from jaxcompress.prune._patterns import Pattern, block, channel, column, nm, row, unstructured
+from jaxcompress.prune._patterns import (
+    Pattern,
+    block,
+    channel,
+    column,
+    heads,
+    nm,
+    row,
+    unstructured,
+)
 from jaxcompress.prune._proximal import proximal
 from jaxcompress.prune._regrow import regrow, rigl, set_
+from jaxcompress.prune._remove_activations import (
+    ActivationRow,
+    Activations,
+    activations,
+    remove_activations,
+)
 from jaxcompress.prune._schedules import (
     Schedule,
     constant,
@@ -42,7 +57,9 @@ from jaxcompress.prune._with_function import grasp, snip, synflow, wanda
 from jaxcompress.prune._zeroing import apply
 
 __all__ = [
+    "ActivationRow",
     "ActivationSparsity",
+    "Activations",
     "Criterion",
     "Distribution",
     "Leaf",
@@ -53,6 +70,7 @@ __all__ = [
     "Schedule",
     "SparsifyState",
     "activation_sparsity",
+    "activations",
     "apply",
     "block",
     "block_influence",
@@ -68,6 +86,7 @@ __all__ = [
     "global_",
     "gradient",
     "grasp",
+    "heads",
     "iterative",
     "keep",
     "lottery_ticket",
@@ -88,6 +107,7 @@ __all__ = [
     "random",
     "regrow",
     "removable",
+    "remove_activations",
     "rigl",
     "row",
     "set_",

@@ -15,7 +15,7 @@ from jaxcompress.arrays._block import block_of
 from jaxcompress.arrays._nm import nm_of
 from jaxcompress.prune._select import order_key
 
-__all__ = ["Pattern", "block", "channel", "column", "nm", "row", "unstructured"]
+__all__ = ["Pattern", "block", "channel", "column", "heads", "nm", "row", "unstructured"]
 
 
 class Pattern(NamedTuple):
@@ -172,6 +172,55 @@ def channel(*, axis: int | Sequence[int] | None = None, layout: Any = None) -> P
         return [d for d in range(len(shape)) if d not in numbered]
 
     return _slices("channel", others)
+
+
+def heads(count: int, *, axis: int = -1) -> Pattern:
+    """Whole attention heads of projections that have them side by side in one axis.
+
+    The `count d` indices of `axis` are `count` heads of `d` neighbours each; a head's score
+    is the mean of its weights' scores. `shrink` takes the rest of a head along: it is enough
+    to prune the output projection, which contracts its heads. Where heads have an axis of
+    their own, as in Flax's attention, use `channel(axis=...)` with that axis.
+
+    Args:
+      count: the number of heads.
+      axis: that of the heads: -2 for an output projection of Flax's `Dense`.
+
+    Raises:
+      ValueError: a count below 1; later, with its path, an axis that is not there or that
+        `count` does not divide.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> scores = jnp.array([[3.0], [1.0], [1.0], [4.0]])
+    >>> jc.prune.mask(scores, jc.prune.heads(2, axis=-2), 0.5).astype(int).tolist()
+    [[0], [0], [1], [1]]
+
+    Michel et al., 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650.
+    """
+    if count < 1:
+        raise ValueError(f"heads(count) takes a count of 1 or more; got {count}")
+    along = _axes_of("heads", axis, None, "kept")
+
+    def dim(path: str, shape: tuple[int, ...]) -> int:
+        [d] = along(path, shape)
+        if shape[d] % count:
+            raise ValueError(
+                f"heads({count}) along axis {d - len(shape)}: {path!r} has the shape {shape}, "
+                f"which {count} does not divide there"
+            )
+        return d
+
+    def units(path: str, score: jax.Array) -> jax.Array:
+        rows = jnp.moveaxis(score.astype(jnp.float32), dim(path, score.shape), 0)
+        return jnp.mean(rows.reshape(count, -1), -1)
+
+    def spread(path: str, kept: jax.Array, score: jax.Array) -> jax.Array:
+        d = dim(path, score.shape)
+        each = jnp.repeat(kept, score.shape[d] // count)
+        shape = [-1 if i == d else 1 for i in range(score.ndim)]
+        return jnp.broadcast_to(each.reshape(shape), score.shape)
+
+    return Pattern(f"heads({count})", units, spread, whole=True)
 
 
 def row() -> Pattern:

@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxcompress._model import Model, arrays_of, trace_model
 from jaxcompress._paths import leaves_with_paths, rebuild, subtrees
+from jaxcompress._program import is_array
 from jaxcompress.arrays import is_compressed
 from jaxcompress.prune._axes import Frame, follow
-from jaxcompress.prune._axes_rules import Sum
-from jaxcompress.prune._biases import distribute
+from jaxcompress.prune._axes_rules import Place, Sum
+from jaxcompress.prune._biases import Added, distribute
 from jaxcompress.prune._constants import Known, constants
 from jaxcompress.prune._smaller import Plan, plan_of, run, take
 from jaxcompress.prune._ties import Stay, Ties
@@ -85,7 +86,8 @@ def shrink(
       masks: what `masks` or `mask` returned: True keeps, `optax.MaskedNode()` where
         nothing is pruned. Bias and normalization need none.
       *example: the other arguments; `jax.ShapeDtypeStruct`s will do. Later ones may have
-        other batch sizes; two is a good size for an example.
+        other batch sizes. One or two is a good size for an example; of one, it is looked
+        at what two would give, if `fn` takes them.
 
     Returns:
       `(small_fn, small_params)`, the latter a tree like `params`. `small_fn` traces `fn`
@@ -187,6 +189,7 @@ class _Analysis:
     reasons: Callable[[np.ndarray], list[str]]
     plan: Plan
     biases: dict[str, np.ndarray]  # to add to parameters
+    added: dict[Place, Added]  # to the results of equations
 
     def report(self) -> Removable:
         rows = []
@@ -202,6 +205,38 @@ class _Analysis:
 
 
 def _analyse(fn: Callable[..., Any], params: Any, masks: Any, example: Any) -> _Analysis:
+    """What goes; of an example of one, as an example of two has it, if `fn` takes that.
+
+    What is added to one result may be another for each of more, which only more can show.
+    """
+    found = _analysed(fn, params, masks, example)
+    two = _of_two(example)
+    if two is None or not found.added:
+        return found
+    try:
+        more = _analysed(fn, params, masks, two)
+    except (TypeError, ValueError):  # what a trace raises where sizes do not fit: one it is
+        return found
+    same = more.plan.primitives == found.plan.primitives and all(
+        more.added[place].value.shape == mine.value.shape
+        for place, mine in found.added.items()
+        if place in more.added
+    )
+    return more if same else found
+
+
+def _of_two(example: Any) -> Any:
+    """Shapes with a first axis of two instead of one; None if any array has another there."""
+    arrays = [x for x in arrays_of(example) if x.ndim]
+    if not arrays or any(x.shape[0] != 1 for x in arrays):
+        return None
+    wide = lambda x: (
+        jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) if is_array(x) and x.ndim else x
+    )
+    return jax.tree.map(wide, example)
+
+
+def _analysed(fn: Callable[..., Any], params: Any, masks: Any, example: Any) -> _Analysis:
     for path, leaf in leaves_with_paths(params):
         if is_compressed(leaf):
             raise TypeError(f"{path!r} is a {type(leaf).__name__}: shrink first, then compress")
@@ -248,7 +283,7 @@ def _analyse(fn: Callable[..., Any], params: Any, masks: Any, example: Any) -> _
     biases, added = distribute(jaxpr, dict(zip(jaxpr.invars, model.paths)), adds)
     reasons = lambda atoms: sorted({why[int(root)] for root in roots[atoms]})
     plan = plan_of(frame, gone, added)
-    return _Analysis(model, masked, slices, frame, gone, reasons, plan, biases)
+    return _Analysis(model, masked, slices, frame, gone, reasons, plan, biases, added)
 
 
 def _masked_slices(params: Any, masks: Any) -> dict[str, list[np.ndarray]]:

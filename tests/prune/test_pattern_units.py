@@ -40,13 +40,14 @@ CASES = {
     "channel": (jc.prune.channel(), lambda i: i[-1]),
     "channel of axis 0": (jc.prune.channel(axis=0), lambda i: i[0]),
     "channels of two axes": (jc.prune.channel(axis=(-2, -1)), lambda i: i[-2:]),
+    "heads of two": (jc.prune.heads(4, axis=-2), lambda i: i[-2] // 2),
     "row": (jc.prune.row(), lambda i: i[:-1]),
     "column": (jc.prune.column(), lambda i: (*i[:-2], i[-1])),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("shape", [(8, 16), (2, 4, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 16), (2, 8, 4)], ids=str)
 @pytest.mark.parametrize("sparsity", ["0.3", "0.75"])
 def test_units_are_kept_as_a_whole_by_their_mean(name, shape, sparsity):
     pattern, label = CASES[name]
@@ -112,6 +113,7 @@ def test_a_layout_names_the_axes():
     ("make", "message"),
     [
         (lambda: jc.prune.block(0, 4), "1 or more; got 0, 4"),
+        (lambda: jc.prune.heads(0), "1 or more; got 0"),
         (lambda: jc.prune.channel(axis=-1, layout={}), "channel takes axis= or layout="),
         (lambda: jc.prune.unstructured(axis=-1, layout={}), "unstructured takes axis= or layout="),
     ],
@@ -130,3 +132,5 @@ def test_a_vector_has_no_rows(pattern):
 def test_an_axis_that_is_not_there_is_named_with_the_leaf():
     with pytest.raises(ValueError, match=r"channel along axis 2: 'w' has the shape \(4, 4\)"):
         jc.prune.mask({"w": jnp.ones((4, 4))}, jc.prune.channel(axis=2), 0.5)
+    with pytest.raises(ValueError, match=r"heads\(3\) along axis -1: 'w' has the shape \(4, 4\)"):
+        jc.prune.mask({"w": jnp.ones((4, 4))}, jc.prune.heads(3), 0.5)

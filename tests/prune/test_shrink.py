@@ -284,6 +284,16 @@ def test_heads_of_a_fused_projection():
     assert row.why == "it is one of 12 x 2 in a reshape, where only whole slices can go"
 
 
+def test_heads_that_a_pattern_chose():
+    """The mask of the output projection is enough: query, key and value go along."""
+    params, x = {"qkv": jnp.asarray(random(6, 24)), "out": jnp.asarray(random(8, 6))}, random(5, 6)
+    weak = {"qkv": params["qkv"], "out": params["out"].at[2:4].mul(0.01)}
+    masks = jc.prune.mask(jax.tree.map(abs, weak), jc.prune.heads(4, axis=-2), 0.25, rules=["out"])
+    assert not masks["out"][2:4].any()
+    _, small = checked(attention, weak, masks, x)
+    assert shapes(small) == {"qkv": (6, 18), "out": (6, 6)}
+
+
 def test_custom_backward_and_remat_stay():
     @jax.custom_vjp
     def rounded(x):

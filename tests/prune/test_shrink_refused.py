@@ -164,18 +164,35 @@ def test_a_constant_that_fits_the_example_only():
         small_fn(small, random(5, 4))
 
 
-def test_an_example_of_one_does_not_say_what_holds_for_more():
+def test_an_example_of_one_is_looked_at_as_two():
     fn = lambda p, x: jax.nn.relu(x @ p["a"] + 1.0) @ p["b"] + p["bias"]
     params = two(bias=jnp.ones(3))
     masks = dict.fromkeys(params, optax.MaskedNode()) | {"a": columns(0)}
     small_fn, small = jc.prune.shrink(fn, params, masks, X[:1])
     want = fn(params | {"a": params["a"] * columns(0)}, X)
-    np.testing.assert_allclose(small_fn(small, X[:1]), want[:1], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"found for \[1, 3\].*with an example of two"):
-        small_fn(small, X)
-    small_fn, small = jc.prune.shrink(fn, params, masks, X)
+    for x in (X, X[:1]):
+        np.testing.assert_allclose(small_fn(small, x), want[: len(x)], rtol=1e-5, atol=1e-5)
     assert not jax.make_jaxpr(small_fn)(small, X).consts  # the bias has taken it up
     np.testing.assert_allclose(small["bias"], 1 + params["b"][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["shape", "position"])
+def test_an_example_of_one_that_says_nothing_of_more(by):
+    """Where two do not fit, or the constant is another for each, it holds for one only."""
+
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["a"] + 1.0)
+        if by == "shape":
+            return h.reshape(1, 6) @ p["b"]
+        return (h + jnp.arange(x.shape[0], dtype=jnp.float32)[:, None]) @ p["b"]
+
+    params, masks = two(), {"a": columns(0), "b": optax.MaskedNode()}
+    small_fn, small = jc.prune.shrink(fn, params, masks, X[:1])
+    want = fn(params | {"a": params["a"] * columns(0)}, X[:1])
+    np.testing.assert_allclose(small_fn(small, X[:1]), want, rtol=1e-5, atol=1e-5)
+    if by == "position":
+        with pytest.raises(ValueError, match=r"found for \[1, 3\].*with an example of two"):
+            small_fn(small, X)
 
 
 def test_what_is_refused():

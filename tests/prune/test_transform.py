@@ -61,6 +61,13 @@ def sparsify(inner, **kwargs):
     return jc.prune.sparsify(inner, *PARTS, **kwargs)
 
 
+def ramped(inner):
+    """More is pruned at each step, so that there are moments to clear."""
+    criterion, pattern, _ = PARTS
+    ramp = jc.prune.polynomial(SPARSITY, begin=0, end=2)
+    return jc.prune.sparsify(inner, criterion, pattern, ramp)
+
+
 def labels(params):
     return {k: "pruned" if v.ndim == 2 else "plain" for k, v in params.items()}
 
@@ -96,8 +103,8 @@ WRAPPERS = {
 }
 FORMS = {"prune": prune, "sparsify": sparsify}
 CASES = {
-    f"{form}-{name}": (lambda f, o: lambda: f(o()))(FORMS[form], OPTIMIZERS[name])
-    for form in FORMS
+    f"{form}-{name}": (lambda f, o: lambda: f(o()))(make, OPTIMIZERS[name])
+    for form, make in {"prune": prune, "sparsify": ramped}.items()
     for name in OPTIMIZERS
 } | {
     f"{form}-{name}": (lambda f, w: lambda: w(f))(FORMS[form], WRAPPERS[name])
@@ -120,9 +127,18 @@ def assert_pruned(params, masks):
     assert isinstance(masks["bias"], optax.MaskedNode)
 
 
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_contract(make):
-    tx, params = make(), parameters()
+def assert_clean(state, masks):
+    """What is remembered of a pruned weight is zero: every array of a weight's shape."""
+    by_shape = {masks[name].shape: np.asarray(masks[name]) for name in ("single", "half")}
+    for leaf in jax.tree.leaves(state):
+        mask = by_shape.get(leaf.shape)
+        if mask is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert not np.asarray(leaf, np.float32)[~mask].any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_contract(name):
+    tx, params = CASES[name](), parameters()
     state = tx.init(params)
     before = structure((params, state))
 
@@ -142,4 +158,6 @@ def test_contract(make):
     assert changed
     assert_pruned(params, masks)
     assert structure((params, state)) == before
+    if name.startswith("sparsify"):
+        assert_clean(state, masks)
     assert all(np.isfinite(np.asarray(p, np.float32)).all() for p in params.values())
