@@ -28,17 +28,24 @@ def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def record_of(
-    options: argparse.Namespace, file: str, rows: list[Any], judged: Callable[[Any, Any], Any]
+    options: argparse.Namespace,
+    file: str,
+    rows: list[Any],
+    judged: Callable[[Any, Any], Any],
+    calibration: int | None = None,
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """The record of `rows`, each `judged(row, dense)` unless an interrupted run has it.
 
-    And what clears the rows that are kept aside, for when all is written.
+    And what clears the rows that are kept aside, for when all is written. `calibration` is
+    how many entries there are to learn from, if not as many as usual.
     """
     from _minilm_dense import SIZES, dense_model
     from _minilm_tasks import against
     from _resume import resumable
 
     sizes = QUICK if options.quick else SIZES
+    if calibration is not None and not options.quick:
+        sizes = (*sizes[:2], calibration, *sizes[3:])
     once, done = resumable(options.out / file, [sizes, options.quick])
     # Made when the first row asks for it: a report of finished rows needs no model.
     dense = functools.cache(lambda: dense_model(options.wordnet, sizes))

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
 import oracles
-from checks import EPS, made, random
+from checks import EPS, made, random, through
 
 ABSMAX, MOMENT = jc.statistics.absmax(), jc.statistics.second_moment()
 
@@ -116,6 +116,123 @@ def test_convolution(statistic):
     assert_observed(found, [oracles.patches(x, 3, 2, (2, 2))], statistic)
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+def test_grouped_convolution(statistic, groups):
+    """Its matrices share a statistic: a row for each patch of each group, by a textbook loop."""
+    x, w = random(2, 5, 6, 4), random(3, 2, 4 // groups, 8)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    fn = lambda p, x: lax.conv_general_dilated(
+        x, p["w"], (2, 1), "VALID", dimension_numbers=numbers, feature_group_count=groups
+    )
+    found = jc.calibrate(fn, {"w": w}, [x], statistic)["w"]
+    rows = [
+        x[b, 2 * i : 2 * i + 3, j : j + 2, g * len(w[0, 0]) : (g + 1) * len(w[0, 0])].ravel()
+        for b in range(2)
+        for i in range(2)
+        for j in range(5)
+        for g in range(groups)
+    ]
+    assert_observed(found, [np.stack(rows)], statistic)
+
+
+def test_ragged_products_have_a_statistic_of_each_group(statistic):
+    """Rows behind the last group meet nothing."""
+    x, w, sizes = random(9, 6), random(3, 6, 4), np.array([2, 0, 5])
+    fn = lambda p, x: lax.ragged_dot(x, p["w"], jnp.asarray(sizes))
+    found = jc.calibrate(fn, {"w": w}, [x], statistic)["w"]
+    assert_observed(found, [x[:2]], statistic, 0)
+    assert_observed(found, [x[2:7]], statistic, 2)
+    assert found.count[1] == 0
+    with pytest.raises(ValueError, match="statistic of 'w' comes from no activations"):
+        found.of("w")
+
+
+@pytest.mark.parametrize("how", ["one", "two", "clipped", "transposed"])
+def test_experts_that_are_looked_up_have_a_statistic_each(statistic, how):
+    """Each row chooses; `-1` is the last, and where indices are clipped so are larger ones."""
+    x, w = random(7, 6), random(3, 6, 4)
+    one = np.array([0, 2, 2, 0, -1, 0, 0])
+    two = np.stack([one, np.array([2, 1, 1, 2, 1, 2, 1])], 1)
+    fn, chosen = {
+        "one": (lambda p, x: jnp.einsum("bd,bdf->bf", x, p["w"][one]), one[:, None]),
+        "two": (lambda p, x: jnp.einsum("bd,bkdf->bkf", x, p["w"][two]), two),
+        "clipped": (
+            lambda p, x: jnp.einsum("bd,bdf->bf", x, jnp.take(p["w"], one + 3, 0, mode="clip")),
+            np.clip(one + 3, 0, 2)[:, None],
+        ),
+        "transposed": (
+            lambda p, x: jax.vmap(jnp.matmul)(p["w"][one].swapaxes(1, 2), x),
+            one[:, None],
+        ),
+    }[how]
+    if how == "two":  # the rows are there once for each choice
+        fn = lambda p, x: jnp.einsum("bkd,bkdf->bkf", jnp.stack([x, x], 1), p["w"][two])
+    found = jc.calibrate(fn, {"w": w}, [x], statistic)["w"]
+    for expert in range(3):
+        rows = [x[b] for b in range(7) for i in chosen[b] if i % 3 == expert]
+        if rows:
+            assert_observed(found, [np.stack(rows)], statistic, expert)
+        else:
+            assert found.count[expert] == 0
+
+
+def test_histograms_of_experts_count_their_own_rows():
+    """Rows of others are taken off again: a percentile needs exact counts."""
+    x, w = np.abs(random(40, 3)) + 1, random(2, 3, 4)
+    sizes = np.array([30, 10])
+    fn = lambda p, x: lax.ragged_dot(x, p["w"], jnp.asarray(sizes))
+    half = jc.statistics.percentile(50.0)
+    found = jc.calibrate(fn, {"w": w}, [x], half)["w"].value
+    for expert, rows in enumerate((x[:30], x[30:])):
+        np.testing.assert_array_equal(found[expert].ravel(), through(half, [rows]))
+
+
+def test_what_cannot_be_observed_says_so():
+    """By name if it is asked for; else it counts no rows, and using it raises."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    rows, whole = PartitionSpec("d"), PartitionSpec()
+    x, params = random(8, 4), {"w": random(4, 4), "q": random(3, 4, 4)}
+    inner = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(whole, rows), out_specs=rows)
+    picked = lambda p: p["q"][np.array([0, 2])]
+    cases = [
+        (lambda p, x: x @ p["w"] + inner(p["w"], x), "w", "it goes into a shard_map"),
+        (lambda p, x: x @ p["w"] + x[:, :2] @ p["w"][:2], "w", "contracts a part of it"),
+        (lambda p, x: x @ p["w"] + x @ (p["w"] @ p["q"][0]), "w", "with another weight"),
+        (lambda p, x: jnp.einsum("bd,kdf->bkf", x, picked(p)), "q", "not each meets activations"),
+        (lambda p, x: x @ picked(p).reshape(2, 4, 2, 2)[0, :, 0], "q", "go through reshape"),
+    ]
+    for fn, name, why in cases:
+        with pytest.raises(ValueError, match=f"meet '{name}' cannot be observed: .*{why}"):
+            jc.calibrate(fn, params, [x], ABSMAX, rules=["w|q"])
+        assert jc.calibrate(fn, params, [x], ABSMAX)[name].count == 0
+
+
+@pytest.mark.parametrize("which", ["weight", "rows", "experts"])
+def test_within_shard_map(statistic, which):
+    """On each of eight devices: the rows of all for what all share, its own for what it owns."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    apart, whole = PartitionSpec("d"), PartitionSpec()
+    if which == "experts":
+        x, w, fn = random(8, 3, 4), random(8, 4, 5), lambda p, x: jax.vmap(jnp.matmul)(x, p["w"])
+    else:
+        x, w, fn = random(16, 4), random(4, 8), lambda p, x: x @ p["w"]
+    w_spec = {"weight": PartitionSpec(None, "d"), "rows": whole, "experts": apart}[which]
+    x_spec, out = (whole, apart) if which == "weight" else (apart, apart)
+    out = whole if which == "rows" else apart
+
+    def inside(w, x):
+        found = jc.calibrate(fn, {"w": w}, [x], statistic)["w"]
+        return jax.tree.map(lambda part: part if which != "weight" else part[None], found)
+
+    specs = dict(mesh=mesh, in_specs=(w_spec, x_spec), out_specs=out)
+    found = jax.jit(jax.shard_map(inside, **specs))(w, x)
+    for i in range(8):
+        if which == "rows":
+            assert_observed(found, [x], statistic)
+            break
+        assert_observed(found, [x if which == "weight" else x[i]], statistic, i)
+
+
 def test_a_weight_used_twice_sums_or_takes_the_maximum(statistic):
     x, w = random(5, 6), random(6, 6)
     fn = lambda p, x: (x @ p["w"], (3 * x[:2]) @ p["w"])
@@ -149,12 +266,14 @@ def test_weights_concatenated_along_what_is_contracted_are_not_observed():
     assert found["q"].count == 0
 
 
-def test_sharded_batch(statistic):
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("d"), PartitionSpec(None, "d")])
+def test_sharded_batch_and_weights(statistic, spec):
     """Summed over eight devices by XLA, or the largest of them all."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    x = random(16, 6)
-    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
-    found = jc.calibrate(lambda p, x: x @ p["w"], {"w": random(6, 4)}, [placed], statistic)
+    x = random(16, 8)
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    params, batch = {"w": place(random(8, 16), spec)}, place(x, PartitionSpec("d"))
+    found = jc.calibrate(lambda p, x: x @ p["w"], params, [batch], statistic)
     assert_observed(found["w"], [x], statistic)
 
 

@@ -17,6 +17,11 @@ import quax
 from jax import lax
 from jax.extend.core import Primitive
 
+from jaxcompress._accelerate._observe import (
+    observe_convolution,
+    observe_product,
+    observe_ragged,
+)
 from jaxcompress._quax import pvary_p, ragged_dot_general_p, stop_gradient_p
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import blocks_of
@@ -40,13 +45,26 @@ class Meeting:
 
 @dataclasses.dataclass(eq=False)
 class Log:
-    """The meetings of the probes that have this log.
+    """The meetings of the probes that have this log, and why some saw no statistic.
 
     One is like no other, so that JAX, which remembers traced functions by the static
     fields of their arguments, traces them again for new probes and no meeting is missed.
     """
 
     meetings: list[Meeting] = dataclasses.field(default_factory=list)
+    missed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Picked(eqx.Module):
+    """Matrices that were looked up with `indices`, along `axis` of an array of this `rank`.
+
+    The dimensions of the indices are now those at `places`.
+    """
+
+    indices: Any
+    places: Axes = eqx.field(static=True)
+    axis: int = eqx.field(static=True)
+    rank: int = eqx.field(static=True)
 
 
 class Probe(quax.ArrayValue):
@@ -55,12 +73,14 @@ class Probe(quax.ArrayValue):
     `origin` says, from the last dimension backwards, of which original axes (negative)
     each is made, and `sizes` what size those have. There are several `paths` and taps
     once weights are concatenated. A tap has the rank of the weight, size 1 or that of a
-    leading axis, and the axes of the statistic after it. `observe(rows, tap)`, with the
-    activations as `[..., m, k]`, is a zero that carries the statistic backwards.
+    leading axis, and the axes of the statistic after it. `observe(rows, tap, mine)`, with the
+    activations as `[..., m, k]`, is a zero that carries the statistic backwards; with
+    `mine[e, m]`, that of the rows which belong to each expert.
     """
 
     weight: Any
     taps: tuple[Any, ...] = ()
+    picked: Picked | None = None
     origin: tuple[Axes, ...] = eqx.field(static=True, kw_only=True)
     sizes: Axes = eqx.field(static=True, kw_only=True)
     paths: tuple[str, ...] = eqx.field(static=True, kw_only=True)
@@ -68,7 +88,7 @@ class Probe(quax.ArrayValue):
     log: Log | None = eqx.field(static=True, kw_only=True, default=None)
 
     def aval(self) -> jax.core.ShapedArray:
-        return jax.core.ShapedArray(self.weight.shape, self.weight.dtype)
+        return jax.typeof(self.weight)  # within `shard_map`, with the devices that it is apart on
 
     def materialise(self) -> Any:
         return self.weight
@@ -82,9 +102,16 @@ class Probe(quax.ArrayValue):
         if self.log is not None:
             self.log.meetings += [Meeting(path, primitive.name, **axes) for path in self.paths]
 
+    def missed(self, why: str) -> None:
+        """Tells the log that a product was not observed."""
+        if self.log is not None and self.observe is not None:
+            self.log.missed |= dict.fromkeys(self.paths, why)
+
     def decoded_for(self, primitive: Primitive) -> Any:
         """The weight, for a primitive that no axis can be followed through."""
         self.meets(primitive)
+        if primitive.name in ("shard_map", "custom_vjp_call"):
+            self.missed(f"it goes into a {primitive.name}, into which nobody looks")
         return self.weight
 
     @staticmethod
@@ -111,10 +138,26 @@ def _moved(p: Probe, weight: Any, origin: Sequence[Axes], move: Callable[[Any], 
     return replace(p, weight=weight, taps=jax.tree.map(move, p.taps), origin=tuple(origin))
 
 
+# What matrices that were looked up may go through on the way to their product.
+_FOLLOWED = {
+    lax.convert_element_type_p,
+    lax.copy_p,
+    lax.sharding_constraint_p,
+    lax.transpose_p,
+    pvary_p,
+    stop_gradient_p,
+}
+
+
 def _view(primitive: Primitive, move: Callable[..., Probe | None]) -> None:
     """Registers `move(p, **params)`; what it does not do (None) is just noted."""
 
     def rule(p: Probe, *rest: Any, **params: Any) -> Any:
+        if params.get("shape", params.get("new_sizes")) == p.shape and not params.get("dimensions"):
+            return p  # as indexing leaves one behind it
+        if p.picked is not None and primitive not in _FOLLOWED:
+            p.missed(f"matrices of it are looked up and go through {primitive.name}")
+            p = replace(p, taps=(), picked=None)
         moved = move(p, *rest, **params)
         return Probe.default(primitive, (p, *rest), params) if moved is None else moved
 
@@ -129,6 +172,14 @@ def _elementwise(primitive: Primitive) -> None:
 
 
 def _transpose(p: Probe, *, permutation: Sequence[int]) -> Probe:
+    if p.picked is not None:
+        places = tuple(list(permutation).index(d) for d in p.picked.places)
+        p = replace(p, picked=replace(p.picked, places=places))
+        turned, origin = (
+            lax.transpose(p.weight, permutation),
+            [p.origin[d - p.ndim] for d in permutation],
+        )
+        return _moved(p, turned, origin, lambda tap: tap)
     return _moved(
         p,
         lax.transpose(p.weight, permutation),
@@ -219,8 +270,8 @@ def _gather(
 ) -> Any:
     """A table that is looked up: its rows count as contracted, so each has a scale.
 
-    Matrices that are looked up, of one expert of several say, go on to their product; a
-    tap does not go with them, since what it gets back would be summed over the lookups.
+    Matrices that are looked up, of one expert of several say, go on to their product, and
+    with them which ones they are.
     """
     whole = [d for d in range(p.ndim) if slice_sizes[d] == p.shape[d]]
     rows = [d for d in range(p.ndim) if d not in whole]
@@ -234,7 +285,17 @@ def _gather(
     origin: list[Axes] = [p.origin_of(rows)] * found.ndim
     for d, source in zip(kept, whole):
         origin[d] = p.origin_of([source])
-    return replace(p, weight=found, taps=(), origin=tuple(origin))
+    taps, picked = p.taps, None
+    if p.picked is not None or len(rows) != 1:
+        p.missed("matrices of it are looked up along more than one axis")
+        taps = ()
+    elif taps:
+        chosen = indices[..., 0]
+        if params["mode"] == lax.GatherScatterMode.CLIP:
+            chosen = jnp.clip(chosen, 0, p.shape[rows[0]] - 1)
+        places = tuple(d for d in range(found.ndim) if d not in kept)
+        picked = Picked(chosen, places, rows[0], p.ndim)
+    return replace(p, weight=found, taps=taps, picked=picked, origin=tuple(origin))
 
 
 def concatenate(arrays: Sequence[Any], dimension: int) -> Any:
@@ -242,6 +303,7 @@ def concatenate(arrays: Sequence[Any], dimension: int) -> Any:
     first, *others = probes = [a for a in arrays if isinstance(a, Probe)]
     taps = tuple(tap for p in probes for tap in p.taps)
     alike = all((p.origin, p.sizes) == (first.origin, first.sizes) for p in others)
+    alike = alike and all(p.picked is None for p in probes)
     if not alike or any(leaf.shape[dimension] != 1 for leaf in jax.tree.leaves(taps)):
         return Probe.default(lax.concatenate_p, arrays, dict(dimension=dimension))
     dense = [a.materialise() if isinstance(a, quax.Value) else a for a in arrays]
@@ -249,12 +311,7 @@ def concatenate(arrays: Sequence[Any], dimension: int) -> Any:
     return replace(first, weight=lax.concatenate(dense, dimension), taps=taps, paths=paths)
 
 
-_view(
-    pvary_p,
-    lambda p, **params: _moved(
-        p, pvary_p.bind(p.weight, **params), p.origin, lambda tap: pvary_p.bind(tap, **params)
-    ),
-)
+_elementwise(pvary_p)  # a tap is spread where it meets the rows of a device
 _elementwise(lax.convert_element_type_p)
 _elementwise(lax.copy_p)
 _elementwise(lax.sharding_constraint_p)
@@ -281,45 +338,10 @@ def _dot_general(lhs: Any, rhs: Any, which: int, params: dict[str, Any]) -> Any:
         x = x.materialise()
     contract, batch = params["dimension_numbers"]
     _meet(p, lax.dot_general_p, contract[which], batch[which])
-    if p.observe is not None and _is_whole(p, contract[which]):
-        # The contracted axes in the weight's original order, whatever this product's is.
-        pairs = sorted(zip(contract[which], contract[1 - which]), key=lambda c: p.origin_of(c[:1]))
-        x = _observed(p, x, [c[1] for c in pairs], batch[1 - which], batch[which])
+    if p.observe is not None:
+        x = observe_product(p, x, which, params["dimension_numbers"])
     operands[which], operands[1 - which] = p.weight, x
     return lax.dot_general_p.bind(*operands, **params)
-
-
-def _is_whole(p: Probe, contract: Sequence[int]) -> bool:
-    """Whether a product contracts the axes as the parameter has them, no part, no more."""
-    return math.prod(p.shape[d] for d in contract) == math.prod(
-        p.sizes[a] for a in p.origin_of(contract)
-    )
-
-
-def _observed(
-    p: Probe, x: Any, contract: Sequence[int], batch: Sequence[int], w_batch: Sequence[int]
-) -> Any:
-    """`x`, tied to the statistic of it as `[batch, m, k]`."""
-    free = [d for d in range(x.ndim) if d not in contract and d not in batch]
-    k = math.prod(x.shape[d] for d in contract)
-    rows = lax.transpose(x, [*batch, *free, *contract])
-    rows = rows.reshape(*(x.shape[d] for d in batch), -1, k)
-    return _tied(p, x, rows, w_batch)
-
-
-def _tied(p: Probe, x: Any, rows: Any, batch: Sequence[int]) -> Any:
-    """`x` and the statistic of `rows`, for every tap: its batch axes, then its own."""
-    assert p.observe is not None
-    others = [d for d in range(p.ndim) if d not in batch]
-
-    def turn(tap: Any) -> Any:
-        own = range(p.ndim, tap.ndim)
-        turned = lax.transpose(tap, [*batch, *others, *own])
-        return turned.reshape(*turned.shape[: len(batch)], *(tap.shape[d] for d in own))
-
-    for tap in p.taps:
-        x = x + p.observe(rows, jax.tree.map(turn, tap)).astype(x.dtype)
-    return x
 
 
 @quax.register(lax.dot_general_p)
@@ -336,6 +358,7 @@ def _(lhs: Probe, rhs: Any, **params: Any) -> Any:
 def _(lhs: Probe, rhs: Probe, **params: Any) -> Any:
     contract, batch = params["dimension_numbers"]
     _meet(lhs, lax.dot_general_p, contract[0], batch[0])
+    lhs.missed("it is multiplied with another weight, not with activations")
     return _dot_general(lhs.weight, rhs, 1, params)
 
 
@@ -345,31 +368,9 @@ def _(x: Any, p: Probe, **params: Any) -> Any:
     contract = [d for d in range(p.ndim) if d != numbers.rhs_spec[0]]
     x = x.materialise() if isinstance(x, quax.Value) else x
     _meet(p, lax.conv_general_dilated_p, contract, ())
-    ungrouped = params["feature_group_count"] == params["batch_group_count"] == 1
-    if p.observe is not None and ungrouped and _is_whole(p, contract):
-        x = _tied(p, x, _patches(x, p, contract, params), ())
+    if p.observe is not None:
+        x = observe_convolution(p, x, params)
     return lax.conv_general_dilated_p.bind(x, p.weight, **params)
-
-
-def _patches(x: Any, p: Probe, contract: Sequence[int], params: dict[str, Any]) -> Any:
-    """What each output of a convolution sees, `[m, k]`, `k` in the order of the weight."""
-    numbers = params["dimension_numbers"]
-    _, in_dim, *spatial = numbers.rhs_spec
-    seen = lax.conv_general_dilated_patches(
-        x,
-        [p.shape[d] for d in spatial],
-        params["window_strides"],
-        params["padding"],
-        params["lhs_dilation"],
-        params["rhs_dilation"],
-        dimension_numbers=lax.ConvDimensionNumbers(
-            numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
-        ),
-    )
-    seen = jnp.moveaxis(seen, numbers.out_spec[1], -1)
-    seen = seen.reshape(-1, *(p.shape[d] for d in (in_dim, *spatial)))
-    order = [1 + (in_dim, *spatial).index(d) for d in contract]
-    return lax.transpose(seen, [0, *order]).reshape(seen.shape[0], -1)
 
 
 @quax.register(ragged_dot_general_p)
@@ -378,4 +379,6 @@ def _(x: Any, p: Probe, group_sizes: Any, **params: Any) -> Any:
     contract = numbers.dot_dimension_numbers[0][1]
     _meet(p, ragged_dot_general_p, contract, numbers.rhs_group_dimensions)
     x = x.materialise() if isinstance(x, quax.Value) else x
+    if p.observe is not None:
+        x = observe_ragged(p, x, group_sizes, numbers)
     return ragged_dot_general_p.bind(x, p.weight, group_sizes, **params)

@@ -17,6 +17,7 @@ from jaxcompress.prune._criteria import (
     taylor,
 )
 from jaxcompress.prune._distributions import Distribution, Leaf, by_rule, erk, global_, uniform
+from jaxcompress.prune._drop_layers import block_influence, drop_layers
 from jaxcompress.prune._iterative import iterative, lottery_ticket
 from jaxcompress.prune._low_rank import low_rank
 from jaxcompress.prune._mask import mask
@@ -72,11 +73,13 @@ __all__ = [
     "activations",
     "apply",
     "block",
+    "block_influence",
     "by_rule",
     "channel",
     "column",
     "constant",
     "cosine",
+    "drop_layers",
     "erk",
     "fisher",
     "geometric",

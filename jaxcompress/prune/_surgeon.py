@@ -53,7 +53,11 @@ def operate(layer: Layer, surgery: Surgery) -> tuple[jax.Array | QuantizedArray,
     scale = None
     if static:
         grain = {name: static[name] for name in ("axis", "group_size", "qtype")}
-        scale, _ = searched_scales(layer.weight, matrices.features(seen), **grain)
+        # What is small will go, and has no say in the scales.
+        share = sparsity if ratio is None else 1 - ratio[0] / ratio[1]
+        size_of = jnp.abs(w) * jnp.sqrt(seen)[..., None]
+        stays = matrices.join(size_of >= jnp.quantile(size_of, share, -2, keepdims=True))
+        scale, _ = searched_scales(layer.weight, matrices.features(seen) * stays, **grain)
         how |= grain
     new = jnp.zeros(w.shape, jnp.float32 if scale is None else jnp.int8)
     state = w, new, jnp.zeros(w.shape, bool)

@@ -38,7 +38,7 @@ def brecq(
     loss: Loss | None = None,
     stats: Any = None,
     steps: int = 2000,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.1,
     clip: bool = True,
     resume: str | Path | None = None,
     progress: Progress = None,
@@ -77,7 +77,7 @@ def brecq(
     >>> a, b, x = jax.random.normal(jax.random.key(0), (3, 16, 16))
     >>> fn, params = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], {"a": a, "b": b}
     >>> rules = {"a|b": jc.quantize.int3()}
-    >>> how = dict(blocks=["a|b"], steps=300, learning_rate=0.05)
+    >>> how = dict(blocks=["a|b"], steps=300)
     >>> new = jc.quantize.brecq(fn, params, [x], rules, **how)
     >>> error = lambda p: jnp.linalg.norm(jc.accelerate(fn)(p, x) - fn(params, x))
     >>> bool(error(new) < 0.7 * error(jc.quantize.quantize(params, rules)))

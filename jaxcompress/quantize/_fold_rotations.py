@@ -136,8 +136,8 @@ def fold_rotations(
     if not signs:
         raise ValueError(f"no features of fn can be rotated:\n{found.report()}")
     changed = {path for path, leaf in new.items() if leaf is not found.before[path]}
-    leaves = leaves_with_paths(params)
-    return rebuild(params, [new[p].astype(x.dtype) if p in changed else x for p, x in leaves])
+    leaves, dtype = leaves_with_paths(params), lambda x: jax.dtypes.canonicalize_dtype(x.dtype)
+    return rebuild(params, [new[p].astype(dtype(x)) if p in changed else x for p, x in leaves])
 
 
 def rotatable(
@@ -193,9 +193,12 @@ def _find(fn: Callable[..., Any], params: Any, example: Any, rules: Patterns | N
     facts, parameters = find_spaces(
         model, set(model.paths) if rules is None else matched(params, rules)
     )
-    arrays = {path: leaf for path, leaf in leaves_with_paths(params) if path in parameters}
-    floats = {p: x for p, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    wide = {p: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)) for p, x in floats.items()}
+    floats = {
+        path: jnp.asarray(leaf)
+        for path, leaf in leaves_with_paths(params)
+        if path in parameters and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    wide = {p: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for p, x in floats.items()}
     leaves = fold_scales(facts, parameters, wide)
     return _Found(facts, {path: parameters[path] for path in wide}, wide, leaves)
 

@@ -78,7 +78,10 @@ def _folded(
                 continue
             if other == path or {space} <= facts.contracted & facts.other:
                 raise _StaysError(f"{other!r} is multiplied and used in another way too")
-            w, numbers = new.get(other, leaves[other]), _along(facts, parameters, path, g, space)
+            w, numbers = (
+                new.get(other, leaves[other]),
+                _along(facts, parameters, path, along, g, space),
+            )
             if space in facts.contracted:
                 new[other] = w * numbers
             elif bool(jnp.any((numbers == 0) & (w != 0))):
@@ -100,29 +103,21 @@ def _check(facts: Facts, root: int, open_scales: Sequence[Scale]) -> None:
 
 
 def _along(
-    facts: Facts, parameters: dict[str, Axes], path: str, g: jax.Array, space: int
+    facts: Facts, parameters: dict[str, Axes], path: str, along: int, g: jax.Array, space: int
 ) -> jax.Array:
-    """The scale `g`, the parameter at `path`, so that it broadcasts against another's axis
-    `space`; axes of layers that both are stacked along are found by their spaces.
+    """The scale `g`, axis `along` of the parameter at `path`, so that it broadcasts against
+    another's axis `space`; axes of layers that both are stacked along are found by their spaces.
     """
     other, axis = facts.own[space]
     of = lambda label: None if label is None else facts.spaces.find(label.space)
     stacks = [of(label) if d != axis else None for d, label in enumerate(parameters[other])]
     places, sizes = [], [1] * len(stacks)
-    for label, n in zip(parameters[path], g.shape):
+    for d, (label, n) in enumerate(zip(parameters[path], g.shape)):
         if label is None:
             continue
-        own = facts.own[label.space][1]
-        place = axis if _is_factor(facts, label.space) else None
-        if place is None:
-            if of(label) not in stacks:
-                raise _StaysError(f"{other!r} is not stacked as it is, along its axis {own}")
-            place = stacks.index(of(label))
-        places.append(place)
-        sizes[place] = n
+        if d != along and of(label) not in stacks:
+            raise _StaysError(f"{other!r} is not stacked as it is, along its axis {d}")
+        places.append(axis if d == along else stacks.index(of(label)))
+        sizes[places[-1]] = n
     dense = g.reshape([n for n in g.shape if n != 1])
     return jnp.transpose(dense, sorted(range(len(places)), key=places.__getitem__)).reshape(sizes)
-
-
-def _is_factor(facts: Facts, space: int) -> bool:
-    return any(scale.factor == space for scale in facts.scales)

@@ -17,6 +17,7 @@ from jaxcompress.arrays._granularity import Axes, expand, reduce_groups
 from jaxcompress.arrays._qtype import IntType
 from jaxcompress.arrays._rounding import encode
 from jaxcompress.quantize._posttrain import Layer, Progress, layerwise
+from jaxcompress.quantize._refit import refitted
 from jaxcompress.quantize._scales import full_scales, integers_only
 from jaxcompress.quantize._specs import Spec
 
@@ -72,7 +73,8 @@ def gptq(
         a hundred, ... times as much is tried where a factorization fails.
       activation_order: start with the features of the largest activations.
       search: try 1, 0.9, ... 0.4 times the scales of the largest weights, and keep for
-        each output those that leave it the least error. It takes seven times as long.
+        each output those that leave it the least error; then fit the scales to the codes by
+        least squares. It takes seven times as long.
       block_size: features whose corrections are applied to the rest at once. It changes
         the time and the last bits only.
       resume: a folder where finished layers are kept. Started again with the same
@@ -172,7 +174,19 @@ def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
                 jnp.where(better, errors, best[2]),
             )
     assert best is not None
-    return layer.stored(matrices.join(best[0]), best[1], zero)
+    codes, scale, _ = best
+    if search:
+        numbers = codes if zero is None else codes - spread(zero)
+        scale = refitted(
+            dense,
+            numbers,
+            scale,
+            hessian,
+            matrices=matrices,
+            axis=axis,
+            group_size=group_size,
+        )
+    return layer.stored(matrices.join(codes), scale, zero)
 
 
 @functools.partial(

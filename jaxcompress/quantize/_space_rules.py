@@ -37,7 +37,12 @@ def _nonlinear(facts: Facts, eqn: JaxprEqn, ins: list[Value]) -> list[Axes]:
 def _sum(facts: Facts, eqn: JaxprEqn, ins: list[Value]) -> list[Axes]:
     ins = [value for v, value in zip(eqn.invars, ins) if not is_zero(v)] or ins
     why = f"{eqn.primitive.name} puts the same number into all of its features"
-    return by_dimension(facts, eqn, ins, lambda labels: facts.together(labels, why))
+
+    def join(labels: list[Label | None]) -> Label | None:
+        squared = any(label is not None and label.squared for label in labels)
+        return facts.together(labels, "its squares are added to something" if squared else why)
+
+    return by_dimension(facts, eqn, ins, join)
 
 
 def _select(facts: Facts, eqn: JaxprEqn, ins: list[Value]) -> list[Axes]:
@@ -148,6 +153,22 @@ def _dot_general(facts: Facts, eqn: JaxprEqn, ins: list[Value]) -> list[Axes]:
     return [tuple(result)]
 
 
+def _ragged_dot(facts: Facts, eqn: JaxprEqn, ins: list[Value]) -> list[Axes]:
+    """Experts, each with rows of its own."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contract, batch), groups = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
+    rows = numbers.lhs_ragged_dimensions
+    if batch[0] or set(rows) & set(contract[0]):
+        return opaque(facts, eqn, ins)
+    lhs, rhs, sizes = (value.axes for value in ins)
+    facts.fix([*(lhs[d] for d in rows), *(rhs[d] for d in groups), *sizes], "experts lie along it")
+    for i, j in zip(*contract):
+        _contract(facts, lhs[i], rhs[j], (ins[0].moving, ins[1].moving))
+    free = [label for d, label in enumerate(rhs) if d not in contract[1] and d not in groups]
+    facts.other.update(label.space for label in free if label is not None)
+    return [(*(label for d, label in enumerate(lhs) if d not in contract[0]), *free)]
+
+
 def _convolution(facts: Facts, eqn: JaxprEqn, ins: list[Value]) -> list[Axes]:
     p = eqn.params
     if p["feature_group_count"] != 1 or p["batch_group_count"] != 1:
@@ -189,6 +210,7 @@ RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
     "integer_pow": _power,
     "mul": _product,
+    "ragged_dot_general": _ragged_dot,
     "reduce_sum": _reduce_sum,
     "select_n": _select,
     "square": _square,

@@ -160,11 +160,16 @@ def test_heads_in_one_axis_turn_one_by_one():
 
 
 def two(middle):
-    """`middle` between two weights, the second of which gains if it turns."""
-    return lambda p, x: middle(x @ p["a"], p) @ p["b"]
+    """`middle` between two weights; a third one meets what enters it."""
+
+    def fn(p, x):
+        y = x @ p["a"]
+        return middle(y, p) @ p["b"] + (y @ p["f"]).sum()
+
+    return fn
 
 
-SHAPES = dict.fromkeys("abde", (12, 12)) | {"g": (12,), "c": (12,)}
+SHAPES = dict.fromkeys("abdef", (12, 12)) | {"g": (12,), "c": (12,), "m": (2, 12, 12)}
 TURNS = {
     "nothing": lambda y, p: y,
     "bias": lambda y, p: y + p["c"],
@@ -175,6 +180,7 @@ TURNS = {
     "a number": lambda y, p: y + 3.0,
     "mean": lambda y, p: y - y.mean(-1, keepdims=True),
     "sum": lambda y, p: y * y.sum(-1, keepdims=True),
+    "product with ones": lambda y, p: y * (y @ jnp.ones((12, 1))),
     "length": lambda y, p: y / jnp.linalg.norm(y, axis=-1, keepdims=True),
     "variance": lambda y, p: y / jnp.std(y, -1, keepdims=True),
     "gram": lambda y, p: jnp.einsum("bid,bjd,bje->bie", y, y, y),
@@ -193,6 +199,7 @@ TURNS = {
     "convolution": lambda y, p: jax.lax.conv_general_dilated(
         y, p["d"][None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
     ),
+    "experts": lambda y, p: jax.lax.ragged_dot(y[0] * p["g"] + p["c"], p["m"], jnp.array([2, 3])),
     "cast": lambda y, p: jax.lax.optimization_barrier(jax.lax.stop_gradient(y)),
     "transposed": lambda y, p: (p["d"].T @ y[..., None])[..., 0],
 }
@@ -201,6 +208,11 @@ STAYS = {
     "gate": (lambda y, p: y * (y @ p["d"]), "mul meets each"),
     "divided": (lambda y, p: 1 / y, "div meets each"),
     "square": (lambda y, p: y * y, "weighs the squares"),
+    "square and itself": (lambda y, p: y**2 + y, "squares are added to something"),
+    "gram of a scale": (
+        lambda y, p: jnp.einsum("bid,bjd,bje->bie", *[y * p["g"]] * 3),
+        "'g' scales it and has to stay: behind it, two activations",
+    ),
     "fourth": (lambda y, p: y / ((y**2) ** 2).sum(-1, keepdims=True), "squared twice"),
     "cube": (lambda y, p: y**3, "integer_pow acts on each"),
     "weighted": (lambda y, p: y / (y**2 @ p["g"])[..., None], "weighs the squares"),
@@ -250,7 +262,10 @@ STAYS = {
 def test_what_turns(name):
     params = draw(SHAPES)
     _, turned = assert_same(two(TURNS[name]), params, X)
-    assert turned["b", -2] == {"halves": 6, "heads turned round": 4}.get(name, 12)
+    assert turned.get(("m", -2), 12) == 12
+    assert (
+        turned["b", -2] == turned["f", -2] == {"halves": 6, "heads turned round": 4}.get(name, 12)
+    )
 
 
 @pytest.mark.parametrize("name", STAYS)
@@ -327,9 +342,18 @@ def test_a_scale_of_zero():
 def test_rules_say_what_may_change():
     fn, params = two(TURNS["bias"]), draw(SHAPES)
     with pytest.raises(ValueError, match="the rules leave 'c' as it is"):
-        jc.quantize.fold_rotations(fn, params, X, rules=["[ab]"])
-    _, turned = assert_same(fn, params, X, rules=["[abc]"])
+        jc.quantize.fold_rotations(fn, params, X, rules=["[abf]"])
+    _, turned = assert_same(fn, params, X, rules=["[abcf]"])
     assert turned["b", -2] == 12
+
+
+def test_what_is_returned_stays():
+    def fn(p, x):
+        y = x @ p["a"]
+        return y, y @ p["b"]
+
+    with pytest.raises(ValueError, match=r"b +-2 +12 +0 +the function returns it"):
+        jc.quantize.fold_rotations(fn, draw(SHAPES), X)
 
 
 def test_only_what_weights_gain_by_turns():
