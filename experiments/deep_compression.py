@@ -30,10 +30,10 @@ RESULTS = ROOT / "experiments" / "results"
 # Sparsity of all kernels together, and bits of an index, from level to level.
 LEVELS = {
     "LeNet-300-100": ((0.9, 3), (0.94, 3), (0.97, 3)),
-    "LeNet-5": ((0.92, 3), (0.97, 3)),
+    "LeNet-5": ((0.9, 3), (0.95, 3), (0.97, 3)),
 }
 VALIDATION = 500  # digits
-EPOCHS = {"LeNet-300-100": (40, 25, 5), "LeNet-5": (20, 12, 3)}  # dense, a level, shared values
+EPOCHS = {"LeNet-300-100": (40, 25, 5), "LeNet-5": (30, 30, 6)}  # dense, a level, shared values
 
 
 def arguments() -> Any:
