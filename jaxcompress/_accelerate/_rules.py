@@ -17,10 +17,12 @@ from jaxcompress._accelerate import _probe, _products
 from jaxcompress._accelerate._block_sparse import block_sparse
 from jaxcompress._accelerate._gather import gather
 from jaxcompress._accelerate._named import mark
+from jaxcompress._accelerate._nm import nm
 from jaxcompress._quax import pvary_p, ragged_dot_general_p, stop_gradient_p
 from jaxcompress.arrays import (
     BlockSparseArray,
     CompressedArray,
+    NMSparseArray,
     PrepackedArray,
     PrepackedSparseArray,
     QuantizedArray,
@@ -170,6 +172,7 @@ def _dot_general(operands: list, which: int, params: dict) -> Any:
     # Those that have a product of their own, for the form that they are stored in.
     products: dict[type[CompressedArray], Callable] = {
         BlockSparseArray: block_sparse,
+        NMSparseArray: nm,
         PrepackedArray: _products.prepacked,
         PrepackedSparseArray: _products.prepacked,
     }
