@@ -16,6 +16,7 @@ from flax import serialization
 
 import jaxcompress as jc
 from _compare_models import Model
+from _harness import peak_bytes
 
 __all__ = ["gptq_seconds", "large_gptq", "post_training", "training"]
 
@@ -205,12 +206,5 @@ def large_gptq(size: int) -> dict[str, Any]:
         "size": size,
         "rows": sum(len(x) for x in batches),
         "minutes": (time.perf_counter() - begin) / 60,
-        "peak_gb": _peak_bytes() / 1e9,
+        "peak_gb": peak_bytes() / 1e9,
     }
-
-
-def _peak_bytes() -> int:
-    """Of this program alone, on Linux: `ru_maxrss` of a child begins with its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [peak] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    return int(peak) * 1024

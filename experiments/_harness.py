@@ -87,6 +87,13 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def peak_bytes() -> int:
+    """Of this program alone, on Linux: `ru_maxrss` of a child begins with its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [peak] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    return int(peak) * 1024
+
+
 def write_json(path: Path, record: Any) -> None:
     """Writes aside and renames, so that a reader never sees half a file."""
     text = json.dumps(record, indent=1) + "\n"

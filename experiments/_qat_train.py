@@ -1,5 +1,6 @@
 """Training for qat_fashion: one compiled epoch, of a network's seeds at once or in turn."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from _data import Dataset
 from jaxcompress.arrays import Activation, IntType, OddType
 from jaxcompress.quantize import Spec
 
-BATCH = 200
+BATCH, PEAK = 200, 1e-3  # rows a step, and the learning rate at the start
 
 
 class _Net(nn.Module):
@@ -146,7 +147,7 @@ def fit_float(
 ) -> Fit:
     init, x = network.model.init, data.train.x[:1]
     params = jax.vmap(lambda k: init(jax.random.fold_in(k, 1 << 20), x))(keys)
-    return fit_longer(network, params, data, keys, epochs, advance, 1e-3)
+    return fit_longer(network, params, data, keys, epochs, advance)
 
 
 def fit_longer(
@@ -156,10 +157,9 @@ def fit_longer(
     keys: jax.Array,
     epochs: int,
     advance: Callable[[], None],
-    peak: float = 5e-4,
 ) -> Fit:
     """The float network again, as long as a quantized one: what they are compared with."""
-    tx = optax.adam(cosine(peak, epochs, data))
+    tx = optax.adam(cosine(PEAK, epochs, data))
     return fit(network.model.apply, params, tx, data, keys, epochs, advance, network.at_once)
 
 
@@ -183,7 +183,7 @@ def fit_quantized(
     }[method]
     chosen = rules(network, bits, static=method in ("lsq", "pact"))
     params = jax.vmap(lambda p, s: prepare(p, chosen, stats=s))(params, stats)
-    rates = {"weight": 5e-4, "scale": _scale_rate(method)}
+    rates = {"weight": PEAK, "scale": _scale_rate(method, bits)}
     tx = optax.multi_transform(
         {label: optax.adam(cosine(rate, epochs, data)) for label, rate in rates.items()},
         jc.quantize.trainable,
@@ -239,6 +239,10 @@ def cosine(peak: float, epochs: int, data: Dataset) -> optax.Schedule:
     return optax.cosine_decay_schedule(peak, epochs * (len(data.train.y) // BATCH))
 
 
-def _scale_rate(method: str) -> float:
-    """Adam moves by about its rate: a clipping range is a hundred times a step of weights."""
-    return 1e-2 if method == "pact" else 1e-4
+def _scale_rate(method: str, bits: int) -> float:
+    """Adam moves by about its rate, so the rate goes with the size of what it moves.
+
+    A clipping range is hundreds of steps of weights. With the largest code `Q`, LSQ starts its
+    steps in proportion to `1 / sqrt(Q)`.
+    """
+    return 1e-2 if method == "pact" else 3e-3 / math.sqrt(max(1, 2 ** (bits - 1) - 1))

@@ -3,10 +3,12 @@
     python experiments/update_readme.py report
     python experiments/update_readme.py report/first_principles
     python experiments/update_readme.py build/bench_cpu
+    python experiments/update_readme.py build/bench_containers
 
 Of compress_digits.py: the table in README.md. Of first_principles.py: the tour in
-docs/first_principles.md. Of bench_cpu.py: the tables in docs/cpu.md. Each stands between two
-markers, next to a JSON and a picture in experiments/results; tests compare it with that JSON.
+docs/first_principles.md. Of bench_cpu.py: the tables in docs/cpu.md. Of bench_containers.py:
+those in docs/pruning.md. Each stands between two markers, next to a JSON and a picture in
+experiments/results; tests compare it with that JSON.
 """
 
 import json
@@ -18,11 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from _digits_report import table
 from _harness import ROOT, Parser, fail, write_json
+from bench_containers import tables
 
 RESULTS = ROOT / "experiments" / "results"
 README = ROOT / "README.md"
 TOUR = ROOT / "docs" / "first_principles.md"
 CPU = ROOT / "docs" / "cpu.md"
+PRUNING = ROOT / "docs" / "pruning.md"
 
 
 def digits_block(record: dict) -> str:
@@ -94,6 +98,26 @@ def cpu_block(record: dict) -> str:
     return "\n".join([*lines, "", picture, ""])
 
 
+def containers_block(record: dict) -> str:
+    """A table for each number of rows, of times as fast as dense float32, by the minima."""
+    environment, (k, n, _) = record["environment"], record["block"]
+    return "\n".join(
+        [
+            "",
+            f"Times as fast as the dense block in float32, {k} to {n} to {k}, by the fastest of "
+            "interleaved runs, and the time of that. `gains from` is the sparsity from which on "
+            "it stays faster, linear in the time between two; `(dense)` is where `jc.prepack` "
+            f"puts zeros back. `{environment['command']}`, jax {environment['versions']['jax']}, "
+            f"path `{record['native']}`, on {machine(record)}. Medians, bytes and what each runs "
+            "as are in [the JSON](../experiments/results/bench_containers.json).",
+            *tables(record["rows"]),
+            "",
+            "![times as fast as dense, by sparsity](../experiments/results/bench_containers.png)",
+            "",
+        ]
+    )
+
+
 def machine(record: dict) -> str:
     found = record["environment"]["machine"]
     return f"{found['cores']} cores ({found['processor']})"
@@ -127,6 +151,9 @@ def main() -> None:
         take(report, f"{name}.json", f"{name}.png", name, TOUR, tour_block)
     elif (report / "bench_cpu.json").exists():
         take(report, "bench_cpu.json", "bench_cpu.png", "bench_cpu", CPU, cpu_block)
+    elif (report / "bench_containers.json").exists():
+        name = "bench_containers"
+        take(report, f"{name}.json", f"{name}.png", name, PRUNING, containers_block)
     else:
         fail(f"{report} has no report of an experiment that a page tells of; run one first")
 

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.tree_util import GetAttrKey, KeyPath
 
 from jaxcompress.arrays import is_compressed
 
 __all__ = [
+    "complete",
     "leaves_with_paths",
     "map_with_paths",
     "path_string",
@@ -41,6 +43,17 @@ def map_with_paths(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: fn(path_string(path), *leaves), tree, *rest, is_leaf=is_compressed
     )
+
+
+def complete(masks: Any, params: Any) -> Any:
+    """`masks` with a node for each leaf of `params` where one stands for a whole subtree."""
+
+    def one(mask: Any, subtree: Any) -> Any:
+        if not isinstance(mask, optax.MaskedNode):
+            return mask
+        return jax.tree.map(lambda _: mask, subtree, is_leaf=is_compressed)
+
+    return jax.tree.map(one, masks, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
 
 
 def subtrees(tree: Any, like: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxcompress._histogram import BINS, edges, histogram, noise, quantile, top
 from jaxcompress._statistics import Statistic, signed
 
-__all__ = ["entropy", "mse", "percentile", "snr"]
+__all__ = ["entropy", "magnitudes", "mse", "percentile", "snr"]
 
 _PER_OCTAVE = 16  # candidate ranges
 _CANDIDATES = 8 * _PER_OCTAVE  # from the whole range down to 1/256 of it
@@ -49,6 +49,23 @@ def percentile(percent: float = 99.99) -> Statistic:
         return quantile(counts, jnp.broadcast_to(each_side, 2))
 
     return _from_histogram(f"percentile({percent})", one)
+
+
+@functools.cache
+def magnitudes() -> Statistic:
+    """How many activations have which magnitude, for thresholds of any sparsity.
+
+    A histogram in bins of relative width 1/32, which is what static thresholds of
+    `jaxcompress.prune.prune_activations` are read off.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.array([[1.0, -1.0], [0.0, 3.0]])
+    >>> found = jc.calibrate(lambda p, x: x @ p["w"], params, [x], jc.statistics.magnitudes())
+    >>> counts = found["w"].value
+    >>> counts[counts > 0]
+    Array([1., 2., 1.], dtype=float32)
+    """
+    return Statistic("magnitudes", lambda rows: jnp.sum(histogram(rows), -2), lambda k: (BINS,))
 
 
 @functools.cache

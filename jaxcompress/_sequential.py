@@ -21,6 +21,9 @@ from jaxcompress.arrays import is_compressed
 
 __all__ = [
     "Finished",
+    "Progress",
+    "Tell",
+    "Working",
     "advance",
     "first_values",
     "observed",
@@ -29,6 +32,7 @@ __all__ = [
     "traced",
     "unstacked",
     "walk",
+    "walked",
 ]
 
 
@@ -47,6 +51,38 @@ class Finished(NamedTuple):
     total: int
     layers: tuple[str, ...]
 
+    @property
+    def fraction(self) -> float:
+        """What part of all groups is done, 0 to 1, for a progress bar."""
+        return self.number / self.total
+
+
+class Working(NamedTuple):
+    """What a progress callback is told within a long layer: `number` groups of `total` are done.
+
+    And `part` of the next, which has these `layers`. It comes every few seconds, by what
+    there is to multiply; a layer that takes less has none.
+
+    >>> import jaxcompress as jc
+    >>> jc.quantize.Working(number=1, total=4, layers=("w",), part=0.5).fraction
+    0.375
+    """
+
+    number: int
+    total: int
+    layers: tuple[str, ...]
+    part: float
+
+    @property
+    def fraction(self) -> float:
+        """What part of all groups is done, 0 to 1, for a progress bar."""
+        return (self.number + self.part) / self.total
+
+
+Progress = Callable[[Finished | Working], Any] | None
+Tell = Callable[[float], Any]  # of what part of something is done
+Work = Callable[[int, dict[str, Any], list[Any], Tell], dict[str, Any]]
+
 
 def sequential(
     fn: Callable[[Any, Any], Any],
@@ -58,7 +94,7 @@ def sequential(
     *,
     identity: Any,
     resume: str | Path | None = None,
-    progress: Callable[[Finished], Any] | None = None,
+    progress: Progress = None,
     skip_unmet: bool = False,
 ) -> Any:
     """Replaces the leaves at `wanted` one group of layers after the other.
@@ -71,24 +107,26 @@ def sequential(
       fn, params, batches: as everywhere; batches of one shape, read once.
       wanted: paths of leaves that are multiplied with something.
       statistic: of the activations that enter each layer.
-      solve: `solve(unit, leaves, observed)` returns new leaves by name, that of the unit
-        itself as a rule. A unit is a path and, of stacked layers, the number of one
-        (or None); `leaves` has every array by the name of its unit.
+      solve: `solve(unit, leaves, observed, tell)` returns new leaves by name, that of the
+        unit itself as a rule. A unit is a path and, of stacked layers, the number of one
+        (or None); `leaves` has every array by the name of its unit; it may `tell` how far
+        it is.
       identity: what, beside params and batches, decides the result: text of it tells one
         run from another in the folder `resume`.
       resume: a folder where each finished group is kept; a run that is started again with
         the same arguments goes on from there.
-      progress: called with a `Finished` after each group.
+      progress: called with a `Finished` after each group, and a `Working` within.
       skip_unmet: leave a leaf that is multiplied with nothing as it is, do not raise.
     """
     batches = list(batches)
     program = traced(fn, params, batches, wanted, skip_unmet=skip_unmet)
 
-    def work(g: int, leaves: dict[str, Any], values: list[Any]) -> dict[str, Any]:
-        seen = observed(program, g, leaves, values, statistic)
+    def work(g: int, leaves: dict[str, Any], values: list[Any], tell: Tell) -> dict[str, Any]:
+        seen, group = observed(program, g, leaves, values, statistic), program.groups[g]
         done: dict[str, Any] = {}
-        for unit in program.groups[g]:
-            done |= solve(unit, leaves, seen[name_of(unit)])
+        for i, unit in enumerate(group):
+            one = lambda part, i=i: tell((i + part) / len(group))
+            done |= solve(unit, leaves, seen[name_of(unit)], one)
         return done
 
     return walk(program, params, batches, work, identity=identity, resume=resume, progress=progress)
@@ -134,25 +172,52 @@ def walk(
     program: Program,
     params: Any,
     batches: list[Any],
-    work: Callable[[int, dict[str, Any], list[Any]], dict[str, Any]],
+    work: Work,
     *,
     identity: Any,
     resume: str | Path | None = None,
-    progress: Callable[[Finished], Any] | None = None,
+    progress: Progress = None,
 ) -> Any:
     """`params` with the leaves that `work` replaced, group after group.
 
-    `work(g, leaves, values)` returns new leaves by name, given all leaves as they are by
-    then, and what crosses the cut before group `g`, of each batch.
+    `work(g, leaves, values, tell)` returns new leaves by name, given all leaves as they are
+    by then, and what crosses the cut before group `g`, of each batch.
+    """
+    found = walked(
+        program, params, batches, work, identity=identity, resume=resume, progress=progress
+    )
+    return restacked(program, params, *found)
+
+
+def walked(
+    program: Program,
+    params: Any,
+    batches: list[Any],
+    work: Work,
+    *,
+    identity: Any,
+    resume: str | Path | None,
+    progress: Progress,
+) -> tuple[dict[str, Any], set[str]]:
+    """As `walk`, but all leaves by name, and the paths of those that were replaced.
+
+    What `work` returns under names that no unit has is among the leaves too.
     """
     store = None if resume is None else _Store(Path(resume), [identity, params, batches])
     values = first_values(batches)
     del batches
     leaves, changed = unstacked(program, params), set()
+    total = len(program.groups)
     for g, group in enumerate(program.groups):
+        names = tuple(map(name_of, group))
+
+        def tell(part: float, g: int = g, names: tuple[str, ...] = names) -> None:
+            if progress is not None and part < 1:
+                progress(Working(g, total, names, part))
+
         done = store.read(g) if store is not None else None
         if done is None:
-            done = work(g, leaves, values)
+            done = work(g, leaves, values, tell)
             jax.block_until_ready(done)
             if store is not None:
                 store.write(g, done)
@@ -161,8 +226,8 @@ def walk(
         if g + 1 < len(program.groups):
             values = advance(program, g, leaves, values)
         if progress is not None:
-            progress(Finished(g + 1, len(program.groups), tuple(map(name_of, group))))
-    return restacked(program, params, leaves, changed)
+            progress(Finished(g + 1, total, names))
+    return leaves, changed
 
 
 def first_values(batches: list[Any]) -> list[Any]:

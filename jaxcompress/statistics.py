@@ -1,6 +1,6 @@
 """Statistics of activations, for `jaxcompress.calibrate`."""
 
-from jaxcompress._ranges import entropy, mse, percentile, snr
+from jaxcompress._ranges import entropy, magnitudes, mse, percentile, snr
 from jaxcompress._statistics import (
     Observed,
     Statistic,
@@ -15,6 +15,7 @@ __all__ = [
     "Statistic",
     "absmax",
     "entropy",
+    "magnitudes",
     "minmax",
     "moving_average",
     "mse",

@@ -13,7 +13,7 @@ LAYERS = [
     ["_quax", "_max_dtype", "_histogram", "_statistics", "_ranges", "arrays", "_paths", "_rules"],
     ["ops", "io"],
     ["_accelerate", "_layout", "_calibrate", "_prepack", "statistics"],
-    ["_program", "_neighbours", "_matrices", "_sequential"],
+    ["_program", "_model", "_primitives", "_neighbours", "_matrices", "_sequential", "_compensate"],
     ["quantize", "prune", "distill"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -65,7 +65,7 @@ def test_a_layer_sees_the_layers_before_it_replaced(whole):
     fn, params, batches = whole
     statistic, seen = jc.statistics.second_moment(), {}
 
-    def halve(unit, leaves, observed):
+    def halve(unit, leaves, observed, tell):
         seen[unit] = np.asarray(observed.of(unit[0])).squeeze()
         return {name_of(unit): leaves[name_of(unit)] / 2}
 

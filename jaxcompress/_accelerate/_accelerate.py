@@ -8,7 +8,12 @@ import jax
 import quax
 
 from jaxcompress import _quax
-from jaxcompress._accelerate import _rotated, _rules, _scaled  # noqa: F401  (registers them)
+from jaxcompress._accelerate import (  # noqa: F401  (registers them)
+    _pruned_input,
+    _rotated,
+    _rules,
+    _scaled,
+)
 from jaxcompress._paths import path_string
 
 __all__ = ["accelerate"]

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxcompress.arrays import CompressedArray, ScaledArray
 
-__all__ = ["scaled"]
+__all__ = ["beside", "scaled"]
 
 
 @quax.register(lax.transpose_p)
@@ -28,13 +28,18 @@ def _(w: ScaledArray, *, new_dtype: Any, **params: Any) -> Any:
 
 def scaled(x: Any, scale: Any, x_dims: Sequence[int], w_dims: Sequence[int]) -> Any:
     """`x` times a scale of size 1 outside `w_dims`, each of which meets one of `x_dims`."""
+    return x * beside(x.ndim, scale, x_dims, w_dims).astype(x.dtype)
+
+
+def beside(ndim: int, scale: Any, x_dims: Sequence[int], w_dims: Sequence[int]) -> Any:
+    """The scale as it broadcasts to activations of `ndim` axes."""
     pairs = sorted(zip(x_dims, w_dims))
     order = [wd for _, wd in pairs]
     turned = lax.transpose(scale, [*order, *(d for d in range(scale.ndim) if d not in order)])
-    sizes = [1] * x.ndim
+    sizes = [1] * ndim
     for xd, wd in pairs:
         sizes[xd] = scale.shape[wd]
-    return x * turned.reshape(sizes).astype(x.dtype)
+    return turned.reshape(sizes)
 
 
 def _dot_general(operands: list[Any], which: int, params: dict[str, Any]) -> Any:

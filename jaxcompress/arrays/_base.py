@@ -55,6 +55,10 @@ class CompressedArray(quax.ArrayValue):
         """
         return None
 
+    def planes(self) -> dict[str, tuple[int, int]]:
+        """Which fields are bit planes: how many bits a code has, and along which axis they lie."""
+        return {}
+
     def stored(self) -> "CompressedArray":
         """What files hold: this array, or the same values in the canonical order."""
         return self

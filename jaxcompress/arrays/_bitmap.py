@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.arrays._codebook import CodebookArray, codebook_array
 from jaxcompress.arrays._granularity import Axes
 from jaxcompress.arrays._packing import unpack
 from jaxcompress.arrays._qtype import Activation, QType
@@ -25,8 +26,9 @@ class BitmapSparseArray(SparseArray):
     - `bitmap` is uint8 `[..., ceil(size / 8)]`, one bit for each element of `core`, the
       trailing shape that is flattened, lowest bit first; leading axes (layers, experts)
       stay axes of every leaf, so slices are valid arrays.
-    - `values` is `[..., kept]`: floats; or with a `qtype` int8 codes, bit-packed below
-      eight bits. Where leading indices keep different numbers, the rest is padding.
+    - `values` is `[..., kept]`: floats; or a `CodebookArray` of them; or with a `qtype` int8
+      codes, bit-packed below eight bits. Where leading indices keep different numbers, the
+      rest is padding.
     - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes;
       a dropped element is exactly 0.
 
@@ -65,12 +67,17 @@ class BitmapSparseArray(SparseArray):
     def dense(self) -> jax.Array:
         """Values or codes in the logical shape, zeros put back."""
         values = self.values
-        if self.qtype is not None and self.qtype.bits < 8:
+        if isinstance(values, CodebookArray):
+            values = values.materialise()
+        elif self.qtype is not None and self.qtype.bits < 8:
             values = unpack(values, self.qtype.bits, self.kept, -1)
         scatter = _scatter
         for _ in self.bitmap.shape[:-1]:
             scatter = jax.vmap(scatter)
         return scatter(self.bitmap, values)[..., : math.prod(self.core)].reshape(self.shape)
+
+    def planes(self) -> dict[str, tuple[int, int]]:
+        return {**super().planes(), "bitmap": (1, -1)}
 
     def lowered(self) -> QuantizedArray | jax.Array:
         why = "zeros are put back at every call (jc.prepack does it once, or needs none)"
@@ -81,6 +88,8 @@ class BitmapSparseArray(SparseArray):
         if not hasattr(self.bitmap, "shape"):  # a tree of labels or specs in its shape
             return f"BitmapSparseArray(bitmap={self.bitmap}, values={self.values})"
         kind = self.qtype.name if self.qtype else self.float_dtype.name
+        if isinstance(self.values, CodebookArray):
+            kind = f"{self.values.codebook.shape[-1]} x {kind}"
         density = self.kept / max(1, math.prod(self.core))
         return (
             f"BitmapSparseArray({kind}[{','.join(map(str, self.shape))}], "
@@ -102,13 +111,22 @@ def _scatter(bitmap: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.where(bit == 1, found, jnp.zeros((), values.dtype)).reshape(-1)
 
 
-def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, path: str) -> Any:
+def bitmap_of(
+    array: jax.Array | QuantizedArray | CodebookArray, mask: jax.Array, leading: int, path: str
+) -> BitmapSparseArray:
     """`array` where `mask` keeps it, as a `BitmapSparseArray`; outside `jit`.
 
-    Codes that are zero anyway are dropped too. The first `leading` axes stay axes.
+    Codes that are zero anyway are dropped too. The first `leading` axes stay axes, or those
+    that have a codebook of their own.
     """
-    values = codes_or_floats(array, path)
-    keep = np.asarray(mask) & (values != 0)
+    keep = np.asarray(mask)
+    if isinstance(array, CodebookArray):
+        leading, first = array.indices.ndim - 1, int(array.zero)
+        values = np.asarray(array.codes()).reshape(array.shape)
+        keep = keep & (values >= first)
+    else:
+        values = codes_or_floats(array, path)
+        keep = keep & (values != 0)
     lead, core = values.shape[:leading], values.shape[leading:]
     size, rows = math.prod(core), math.prod(lead)
     values, keep = values.reshape(rows, size), keep.reshape(rows, size)
@@ -120,6 +138,13 @@ def bitmap_of(array: jax.Array | QuantizedArray, mask: jax.Array, leading: int, 
         packed[row, : found.size] = found
     bits = jnp.asarray(bitmap.reshape(*lead, bitmap.shape[-1]))
     packed = packed.reshape(*lead, kept)
+    if isinstance(array, CodebookArray):
+        # Index 0 was that of the zeros, which the bitmap has now.
+        codes = np.maximum(packed, first) - first
+        shared = codebook_array(array.codebook, codes, (kept,), array.bits, path=path)
+        return BitmapSparseArray(
+            bits, shared, core=core, kept=kept, float_dtype=array.float_dtype, path=path
+        )
     return BitmapSparseArray(
         bits, stored(packed, array, -1), core=core, kept=kept, path=path, **fields_of(array)
     )

@@ -72,6 +72,13 @@ class NMSparseArray(SparseArray):
             values = unpack(values, self.qtype.bits, kept, self.along)
         return fill(values, self.indices, self.n, self.m, self.length, self.along)
 
+    @property
+    def packed_axis(self) -> int:
+        return self.along
+
+    def planes(self) -> dict[str, tuple[int, int]]:
+        return {**super().planes(), "indices": (index_bits(self.m), self.along)}
+
     def lowered(self) -> QuantizedArray | jax.Array:
         why = f"zeros are put back: only a plain product of floats is one of {self.n}:{self.m}"
         self.note("expand", "nm", "reference", why)

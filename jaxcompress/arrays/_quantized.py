@@ -96,6 +96,9 @@ class QuantizedArray(CompressedArray):
         """The dense array that this one stands for, in its logical dtype."""
         return _dense(replace(self, path=""))
 
+    def planes(self) -> dict[str, tuple[int, int]]:
+        return {} if self.packed is None else {"values": (self.qtype.bits, self.packed_axis)}
+
     def __repr__(self) -> str:
         shape = getattr(self.values, "shape", None)
         if shape is None:  # a tree of labels or specs in the shape of this array

@@ -23,6 +23,11 @@ class SparseArray(CompressedArray):
     static `qtype` (None for floats), `axis`, `group_size`, `act`, `float_dtype`.
     """
 
+    @property
+    def packed_axis(self) -> int:
+        """The axis of `values` that bit planes lie along."""
+        return -1
+
     def expanded(self) -> QuantizedArray | jax.Array:
         """The same array with its zeros put back, integers where it is quantized."""
         array: Any = self
@@ -41,6 +46,11 @@ class SparseArray(CompressedArray):
             float_dtype=array.float_dtype,
             path=array.path,
         )
+
+    def planes(self) -> dict[str, tuple[int, int]]:
+        array: Any = self
+        packed = array.qtype is not None and array.qtype.bits < 8
+        return {"values": (array.qtype.bits, array.packed_axis)} if packed else {}
 
     def materialise(self) -> jax.Array:
         """The dense array that this one stands for, in its logical dtype."""

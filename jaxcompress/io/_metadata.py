@@ -9,20 +9,24 @@ from jaxcompress.arrays import (
     Activation,
     BitmapSparseArray,
     BlockSparseArray,
+    CodebookArray,
     CodebookType,
     CompressedArray,
     FakeQuantArray,
     FloatType,
     IntType,
+    LowRankArray,
     NMSparseArray,
     OddType,
+    PrunedInputArray,
     QuantizedArray,
     RotatedArray,
     ScaledArray,
     TernaryType,
 )
+from jaxcompress.arrays._activation_sparsity import ActivationSparsity
 
-__all__ = ["CONTAINERS", "array_fields", "describe", "rebuild"]
+__all__ = ["CONTAINERS", "array_fields", "bit_planes", "describe", "rebuild"]
 
 CONTAINERS = {
     c.__name__: c
@@ -32,12 +36,17 @@ CONTAINERS = {
         BitmapSparseArray,
         NMSparseArray,
         BlockSparseArray,
+        LowRankArray,
+        CodebookArray,
         ScaledArray,
         RotatedArray,
+        PrunedInputArray,
     )
 }
 _VALUES = {
-    c.__name__: c for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+    c.__name__: c
+    for c in (IntType, OddType, TernaryType, FloatType, CodebookType, Activation)
+    + (ActivationSparsity,)
 }
 
 
@@ -68,6 +77,16 @@ def array_fields(array: CompressedArray) -> dict[str, Any]:
             found |= {f"{f.name}.{k}": part for k, part in array_fields(value).items()}
         elif value is not None and not f.metadata.get("static"):
             found[f.name] = value
+    return found
+
+
+def bit_planes(array: CompressedArray) -> dict[str, tuple[int, int]]:
+    """Bits and axis of the fields that are bit planes, named as in `array_fields`."""
+    found = array.planes()
+    for f in dataclasses.fields(array):
+        part = getattr(array, f.name)
+        if isinstance(part, CompressedArray):
+            found |= {f"{f.name}.{k}": how for k, how in bit_planes(part).items()}
     return found
 
 

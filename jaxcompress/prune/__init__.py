@@ -1,5 +1,12 @@
 """Pruning: what to keep, inside an optimizer or after training, and storing only that."""
 
+from jaxcompress.arrays._activation_sparsity import (
+    ActivationSparsity,
+    nm_activations,
+    threshold_activations,
+    top_k_activations,
+)
+from jaxcompress.prune._activations import activation_sparsity, prune_activations
 from jaxcompress.prune._criteria import (
     Criterion,
     fisher,
@@ -11,6 +18,7 @@ from jaxcompress.prune._criteria import (
 )
 from jaxcompress.prune._distributions import Distribution, Leaf, by_rule, erk, global_, uniform
 from jaxcompress.prune._iterative import iterative, lottery_ticket
+from jaxcompress.prune._low_rank import low_rank
 from jaxcompress.prune._mask import mask
 from jaxcompress.prune._pack import pack
 from jaxcompress.prune._patterns import Pattern, block, channel, column, nm, row, unstructured
@@ -33,6 +41,7 @@ from jaxcompress.prune._with_function import grasp, snip, synflow, wanda
 from jaxcompress.prune._zeroing import apply
 
 __all__ = [
+    "ActivationSparsity",
     "Criterion",
     "Distribution",
     "Leaf",
@@ -42,6 +51,7 @@ __all__ = [
     "Removal",
     "Schedule",
     "SparsifyState",
+    "activation_sparsity",
     "apply",
     "block",
     "by_rule",
@@ -58,17 +68,20 @@ __all__ = [
     "iterative",
     "keep",
     "lottery_ticket",
+    "low_rank",
     "magnitude",
     "mask",
     "masks",
     "movement",
     "nm",
+    "nm_activations",
     "one_shot",
     "pack",
     "periodic",
     "polynomial",
     "proximal",
     "prune",
+    "prune_activations",
     "random",
     "regrow",
     "removable",
@@ -82,6 +95,8 @@ __all__ = [
     "straight_through",
     "synflow",
     "taylor",
+    "threshold_activations",
+    "top_k_activations",
     "uniform",
     "unstructured",
     "wanda",

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import JaxprEqn
 
+from jaxcompress._primitives import CUMULATIVE, ELEMENTWISE, REDUCTIONS, WINDOWS
 from jaxcompress.arrays._reshape import blocks_of
 from jaxcompress.prune._derivatives import aval_of
-from jaxcompress.prune._primitives import CUMULATIVE, ELEMENTWISE, REDUCTIONS, WINDOWS
 from jaxcompress.prune._ties import Ties
 
 __all__ = ["RULES", "Axes", "Place", "Step", "Sum", "fresh", "opaque", "tie"]

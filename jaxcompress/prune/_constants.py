@@ -14,10 +14,10 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
+from jaxcompress._primitives import ELEMENTWISE, MOVES, REDUCTIONS, WINDOWS
 from jaxcompress._program import body_of, step
 from jaxcompress.prune._axes_rules import Place
 from jaxcompress.prune._derivatives import aval_of
-from jaxcompress.prune._primitives import ELEMENTWISE, MOVES, REDUCTIONS, WINDOWS
 
 __all__ = ["Constants", "Known", "constants"]
 

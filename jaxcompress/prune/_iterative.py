@@ -5,10 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxcompress._paths import rebuild, subtrees
+from jaxcompress._paths import complete, rebuild, subtrees
 from jaxcompress._rules import Patterns
 from jaxcompress.prune._distributions import Distribution
-from jaxcompress.prune._mask import complete, magnitudes, mask, weight_of
+from jaxcompress.prune._mask import magnitudes, mask, weight_of
 from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._zeroing import apply, is_nothing
 

@@ -15,7 +15,7 @@ from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._schedules import constant
 from jaxcompress.prune._select import COLD, keep_largest
 
-__all__ = ["choose", "complete", "magnitudes", "mask", "prunable", "select", "weight_of"]
+__all__ = ["choose", "magnitudes", "mask", "prunable", "select", "weight_of"]
 
 
 def mask(
@@ -108,17 +108,6 @@ def select(
         for path, keep in zip(paths, keeps):
             chosen[path], thresholds[path] = keep, threshold
     return chosen, thresholds
-
-
-def complete(masks: Any, params: Any) -> Any:
-    """`masks` with a node for each leaf of `params` where one stands for a whole subtree."""
-
-    def one(mask: Any, subtree: Any) -> Any:
-        if not isinstance(mask, optax.MaskedNode):
-            return mask
-        return jax.tree.map(lambda _: mask, subtree, is_leaf=is_compressed)
-
-    return jax.tree.map(one, masks, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
 
 
 def weight_of(leaf: Any) -> Any:

@@ -7,10 +7,9 @@ import numpy as np
 import optax
 
 from jaxcompress._layout import Layout
-from jaxcompress._paths import map_with_paths
-from jaxcompress.arrays import FakeQuantArray, QuantizedArray, is_compressed
+from jaxcompress._paths import complete, map_with_paths
+from jaxcompress.arrays import CodebookArray, FakeQuantArray, QuantizedArray, is_compressed
 from jaxcompress.arrays._bitmap import bitmap_of
-from jaxcompress.prune._mask import complete
 from jaxcompress.prune._patterns import Pattern
 
 __all__ = ["pack"]
@@ -25,7 +24,8 @@ def pack(params: Any, masks: Any, *, pattern: Pattern | None = None, layout: Any
     with four-bit values.
 
     Args:
-      params: dense leaves, `QuantizedArray`s, or `FakeQuantArray`s, which are converted.
+      params: dense leaves, `QuantizedArray`s, `FakeQuantArray`s, which are converted, or, for
+        bitmaps, `CodebookArray`s, whose leading axes are those that have their own codebook.
       masks: what `jaxcompress.prune.masks` or `mask` returned: True keeps;
         `optax.MaskedNode()` leaves the leaf as it is.
       pattern: `nm(2, 4, axis=-2)`, `block(16, 16)`, ...; every mask must fit it.
@@ -59,6 +59,8 @@ def pack(params: Any, masks: Any, *, pattern: Pattern | None = None, layout: Any
             leaf = leaf.convert()
         _check(path, leaf, mask)
         if pattern is not None and pattern.store is not None:
+            if isinstance(leaf, CodebookArray):
+                raise TypeError(f"{path!r} has shared values, which only a bitmap can hold")
             return pattern.store(path, leaf, mask, found)
         batch = found.batch if found is not None and found.contract is not None else ()
         leading = len(batch)
@@ -75,7 +77,7 @@ def _check(path: str, leaf: Any, mask: Any) -> None:
     if isinstance(leaf, QuantizedArray):
         if leaf.zero_point is not None:
             raise TypeError(f"{path!r} has zero points; a dropped weight has to be code 0")
-    elif is_compressed(leaf):
+    elif is_compressed(leaf) and not isinstance(leaf, CodebookArray):
         raise TypeError(f"{path!r} is a {type(leaf).__name__} already")
     elif not hasattr(leaf, "dtype") or not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
         raise TypeError(f"{path!r} is no floating array, and has a mask")

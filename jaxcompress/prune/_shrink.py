@@ -4,13 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 
+from jaxcompress._model import Model, arrays_of, trace_model
 from jaxcompress._paths import leaves_with_paths, rebuild, subtrees
-from jaxcompress._program import is_array
 from jaxcompress.arrays import is_compressed
 from jaxcompress.prune._axes import Frame, follow
 from jaxcompress.prune._axes_rules import Sum
@@ -133,8 +131,8 @@ def shrink(
                 there = given[path].shape if path in given else "nothing"
                 raise ValueError(f"{path!r} must have the shape {shape}; it is {there}")
         dtypes = {path: leaf.dtype for path, leaf in given.items()}
-        model = _trace(fn, _with_dtypes(like, dtypes), args)
-        inputs = [*(given[path] for path in model.paths), *_arrays(args)]
+        model = trace_model(fn, _with_dtypes(like, dtypes), args)
+        inputs = [*(given[path] for path in model.paths), *arrays_of(args)]
         return model.result(run(model.jaxpr.jaxpr, model.consts, plan, inputs))
 
     return shrunk, rebuild(params, small)
@@ -163,41 +161,6 @@ def removable(fn: Callable[..., Any], params: Any, masks: Any, *example: Any) ->
     return _analyse(fn, params, masks, example).report()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """A function of arrays: first the parameters at `paths`, then the arguments."""
-
-    jaxpr: ClosedJaxpr
-    paths: list[str]
-    tree: Any
-
-    @property
-    def consts(self) -> list[Any]:
-        return self.jaxpr.consts
-
-    def result(self, outs: list[Any]) -> Any:
-        return jax.tree.unflatten(self.tree, outs)
-
-
-def _trace(fn: Callable[..., Any], params: Any, args: Any) -> _Model:
-    pairs = leaves_with_paths(params)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in pairs if hasattr(x, "dtype")]
-    arrays, rest = eqx.partition(args, is_array)
-
-    def call(leaves: list[Any], arrays: Any) -> Any:
-        new = iter(leaves)
-        whole = [next(new) if hasattr(x, "dtype") else x for _, x in pairs]
-        return fn(rebuild(params, whole), *eqx.combine(arrays, rest))
-
-    jaxpr, shape = jax.make_jaxpr(call, return_shape=True)(shapes, arrays)
-    paths = [path for path, x in pairs if hasattr(x, "dtype")]
-    return _Model(jaxpr, paths, jax.tree.structure(shape))
-
-
-def _arrays(args: Any) -> list[Any]:
-    return [x for x in jax.tree.leaves(args) if is_array(x)]
-
-
 def _without_values(params: Any) -> Any:
     """Shapes instead of arrays, so that no parameter is held."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x
@@ -216,7 +179,7 @@ def _with_dtypes(params: Any, dtypes: dict[str, Any]) -> Any:
 class _Analysis:
     """What goes of a masked model. `slices[path][axis]` are the indices that are masked."""
 
-    model: _Model
+    model: Model
     masked: Any
     slices: dict[str, list[np.ndarray]]
     frame: Frame
@@ -244,7 +207,7 @@ def _analyse(fn: Callable[..., Any], params: Any, masks: Any, example: Any) -> _
             raise TypeError(f"{path!r} is a {type(leaf).__name__}: shrink first, then compress")
     slices = _masked_slices(params, masks)
     masked = apply(params, masks)
-    model = _trace(fn, params, example)
+    model = trace_model(fn, params, example)
     jaxpr, count = model.jaxpr.jaxpr, len(model.paths)
     ties, sums = Ties(), list[Sum]()
     inputs = [tuple(map(ties.new, v.aval.shape)) for v in jaxpr.invars]

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress._paths import leaves_with_paths, rebuild, subtrees
+from jaxcompress._paths import complete, leaves_with_paths, rebuild, subtrees
 from jaxcompress.arrays import is_compressed
 from jaxcompress.arrays._quantized import replace
-from jaxcompress.prune._mask import complete, weight_of
+from jaxcompress.prune._mask import weight_of
 
 __all__ = [
     "apply",

@@ -1,11 +1,12 @@
 """Quantization: specs, rounding to nearest, and training for it."""
 
-from jaxcompress._sequential import Finished
+from jaxcompress._sequential import Finished, Working
 from jaxcompress.quantize._adaround import adaround
 from jaxcompress.quantize._bias import bias_correct
 from jaxcompress.quantize._brecq import brecq
 from jaxcompress.quantize._equalize import equalize
 from jaxcompress.quantize._fold import fold_batch_norm
+from jaxcompress.quantize._fold_rotations import Rotatable, Turn, fold_rotations, rotatable
 from jaxcompress.quantize._format_specs import (
     binary,
     fp8_e4m3,
@@ -25,6 +26,7 @@ from jaxcompress.quantize._report import LeafReport, Report, report, sensitivity
 from jaxcompress.quantize._rotate import rotate
 from jaxcompress.quantize._scaling import awq, smoothquant
 from jaxcompress.quantize._schedules import clip_weights, delayed, freeze_ranges
+from jaxcompress.quantize._share import Codebook, codebook, share
 from jaxcompress.quantize._specs import (
     Spec,
     int2,
@@ -39,16 +41,21 @@ from jaxcompress.quantize._specs import (
 )
 
 __all__ = [
+    "Codebook",
     "Finished",
     "LeafReport",
     "Report",
+    "Rotatable",
     "Spec",
+    "Turn",
+    "Working",
     "binary",
     "clip_weights",
     "adaround",
     "awq",
     "bias_correct",
     "brecq",
+    "codebook",
     "convert",
     "delayed",
     "dorefa",
@@ -56,6 +63,7 @@ __all__ = [
     "fp8_e5m2",
     "equalize",
     "fold_batch_norm",
+    "fold_rotations",
     "freeze",
     "freeze_ranges",
     "gptq",
@@ -74,8 +82,10 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "report",
+    "rotatable",
     "rotate",
     "sensitivity",
+    "share",
     "ternary",
     "smoothquant",
     "trainable",

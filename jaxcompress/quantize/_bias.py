@@ -11,7 +11,7 @@ from jaxcompress._accelerate import accelerate
 from jaxcompress._neighbours import VIEWS, Neighbours, neighbours_of
 from jaxcompress._paths import leaves_with_paths, subtrees
 from jaxcompress._program import Program, Unit, name_of
-from jaxcompress._sequential import advance, first_values, traced, unstacked, walk
+from jaxcompress._sequential import Tell, advance, first_values, traced, unstacked, walk
 from jaxcompress.arrays import is_compressed
 from jaxcompress.quantize._posttrain import Method, nearest
 from jaxcompress.quantize._specs import Spec
@@ -81,7 +81,7 @@ def bias_correct(
         raise ValueError("bias_correct found no compressed leaf with a bias of its own")
     dense, dense_values = unstacked(program, params), first_values(batches)
 
-    def work(g: int, leaves: dict[str, Any], values: list[Any]) -> dict[str, Any]:
+    def work(g: int, leaves: dict[str, Any], values: list[Any], tell: Tell) -> dict[str, Any]:
         nonlocal dense_values
         biases = [b for unit in program.groups[g] if (b := found[unit]) is not None]
         want = _sums(program, g, biases, dense, dense_values)

@@ -13,7 +13,7 @@ from jax.extend.core import Literal
 from jaxcompress._accelerate import accelerate
 from jaxcompress._neighbours import constants
 from jaxcompress._program import Program, name_of
-from jaxcompress._sequential import advance, first_values, observed, traced, unstacked, walk
+from jaxcompress._sequential import Tell, advance, first_values, observed, traced, unstacked, walk
 from jaxcompress._statistics import Statistic
 from jaxcompress.arrays._granularity import Axes, expand
 from jaxcompress.arrays._qtype import IntType
@@ -94,7 +94,7 @@ def brecq(
     program = in_blocks(program, layers.params, blocks)
     dense, dense_values, at = unstacked(program, layers.params), first_values(batches), 0
 
-    def work(g: int, leaves: dict[str, Any], values: list[Any]) -> dict[str, Any]:
+    def work(g: int, leaves: dict[str, Any], values: list[Any], _: Tell) -> dict[str, Any]:
         nonlocal dense_values, at
         while at < g:  # blocks that a run before has finished
             dense_values, at = advance(program, at, dense, dense_values), at + 1

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcompress._compensate import compensate, factors, in_steps, padded
 from jaxcompress._matrices import Matrices
 from jaxcompress._statistics import second_moment
 from jaxcompress.arrays import QuantizedArray
@@ -19,10 +20,9 @@ from jaxcompress.quantize._posttrain import Layer, Progress, layerwise
 from jaxcompress.quantize._scales import full_scales, integers_only
 from jaxcompress.quantize._specs import Spec
 
-__all__ = ["Rounding", "checked", "gptq", "inverse_factor", "round_layer"]
+__all__ = ["Rounding", "checked", "gptq", "round_layer"]
 
 _OUTPUTS = 1024  # solved at once
-_TRIES = 5  # dampings, each ten times the one before
 _PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the full scales, that are tried
 
 
@@ -77,7 +77,8 @@ def gptq(
         the time and the last bits only.
       resume: a folder where finished layers are kept. Started again with the same
         arguments, a run goes on from there and ends with the same bits.
-      progress: called with a `Finished` after each group of layers.
+      progress: called with a `Finished` after each group of layers, and within one that
+        takes long with a `Working`.
 
     Returns:
       A tree like `params` with `QuantizedArray` leaves.
@@ -128,40 +129,37 @@ def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
     w, static, matrices = layer.weight, layer.static, layer.matrices
     integers_only("gptq", layer.name, static["qtype"])
     hessian = layer.statistic(2)
-    if not bool(jnp.isfinite(hessian).all()):
-        raise ValueError(
-            f"the second moments of the activations of {layer.name!r} are not finite; the "
-            "batches, or the function, hold NaN, infinity or numbers near 1e19"
-        )
-    dampings = tuple(damping * 10**i for i in range(_TRIES))
-    order, u, factored = _factored(hessian, dampings=dampings, activation_order=activation_order)
-    if not bool(factored.all()):
-        tried = ", ".join(f"{d:g}" for d in dampings)
-        raise ValueError(
-            f"the second moments of the activations of {layer.name!r} have no Cholesky factor, "
-            f"with {tried} times the mean of their diagonal added to it; give more batches, "
-            f"or a damping above {dampings[-1]:g}"
-        )
+    order, u = factors(layer.name, hessian, damping, activation_order=activation_order)
     axis, group_size, qtype = (static[name] for name in ("axis", "group_size", "qtype"))
     full, zero = full_scales(w, axis, group_size, qtype)
     spread = lambda part: matrices.split(expand(part, w.shape, axis, group_size))
     dense = matrices.split(w.astype(jnp.float32))
     best: tuple[jax.Array, jax.Array, jax.Array] | None = None
-    for part in _PARTS if search else (1.0,):
+    parts = _PARTS if search else (1.0,)
+    turns = -(-dense.shape[2] // _OUTPUTS)
+    cost = dense.size * matrices.k // turns
+    for i, part in enumerate(parts):
         scale = full * part
-        codes, errors = _columns(
-            dense,
-            scale,
-            zero,
-            hessian,
-            order,
-            u,
-            matrices=matrices,
-            axis=axis,
-            group_size=group_size,
-            qtype=qtype,
-            block_size=min(block_size, matrices.k),
-        )
+        tell = lambda done, i=i: layer.tell((i + done) / len(parts))
+        codes, errors = jnp.zeros(dense.shape, jnp.int8), jnp.zeros((len(dense), dense.shape[2]))
+        for first, count in in_steps(turns, cost, tell):
+            codes, errors = _columns(
+                (codes, errors),
+                first,
+                count,
+                dense,
+                scale,
+                zero,
+                hessian,
+                order,
+                u,
+                matrices=matrices,
+                axis=axis,
+                group_size=group_size,
+                qtype=qtype,
+                block_size=min(block_size, matrices.k),
+            )
+            jax.block_until_ready(errors)
         # The outputs that share a scale choose together.
         errors = reduce_groups(matrices.outputs(errors), axis, group_size, jnp.sum, 0.0)
         if best is None:
@@ -177,25 +175,15 @@ def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
     return layer.stored(matrices.join(best[0]), best[1], zero)
 
 
-@functools.partial(jax.jit, static_argnames=("dampings", "activation_order"))
-def _factored(
-    hessian: jax.Array, *, dampings: tuple[float, ...], activation_order: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each `hessian[batch, k, k]` the order of the features, and `inverse_factor` in it."""
-
-    def one(hessian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        order = jnp.arange(len(hessian))
-        if activation_order:
-            order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
-        return (order, *inverse_factor(hessian[order][:, order], dampings))
-
-    return jax.vmap(one)(hessian)
-
-
 @functools.partial(
-    jax.jit, static_argnames=("matrices", "axis", "group_size", "qtype", "block_size")
+    jax.jit,
+    static_argnames=("matrices", "axis", "group_size", "qtype", "block_size"),
+    donate_argnums=0,
 )
 def _columns(
+    done: tuple[jax.Array, jax.Array],
+    first: jax.typing.ArrayLike,
+    count: jax.typing.ArrayLike,
     w: jax.Array,
     scale: jax.Array,
     zero: jax.Array | None,
@@ -211,13 +199,15 @@ def _columns(
 ) -> tuple[jax.Array, jax.Array]:
     """The codes of `w[batch, k, n]`, given its scales, and what each output loses.
 
-    Outputs have nothing to do with each other: some after the others take less memory.
+    Outputs have nothing to do with each other: some after the others take less memory, and
+    this does `count` times `_OUTPUTS` of them; the others are as they were in `done`.
     """
     # Spread in here: a scale for each weight of a large layer is as much again as the layer.
     spread = lambda part: matrices.split(expand(part, matrices.shape, axis, group_size))
     scale, zero = spread(scale), None if zero is None else spread(zero)
 
     def one(
+        done: tuple[jax.Array, jax.Array],
         w: jax.Array,
         scale: jax.Array,
         zero: jax.Array | None,
@@ -241,41 +231,9 @@ def _columns(
             put = lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, start, -1)
             return put(state[0], codes), put(state[1], lost)
 
-        empty = jnp.zeros(w.shape, jnp.int8), jnp.zeros(n)
-        return lax.fori_loop(0, -(-n // width), outputs, empty)
+        return lax.fori_loop(first, first + count, outputs, done)
 
-    return jax.vmap(one)(w, scale, zero, hessian, order, u)
-
-
-def inverse_factor(hessian: jax.Array, dampings: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:
-    """The upper `U` of `(H + d mean(diag H) I)^-1 = U^T U`, and whether there is one.
-
-    `d` is the first of `dampings` with which the Cholesky factorization succeeds. A
-    feature that is always zero gets the mean on its diagonal.
-    """
-    diagonal = jnp.diagonal(hessian)
-    live = diagonal > 0
-    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(live), 1)
-    mean = jnp.where(mean > 0, mean, 1.0)
-    scaled = hessian / mean + jnp.diag(jnp.where(live, 0.0, 1.0))
-    tries = jnp.asarray(dampings, jnp.float32)
-
-    def factor(i: jax.Array) -> jax.Array:
-        damped = scaled + tries[i] * jnp.eye(len(hessian), dtype=scaled.dtype)
-        # Of the matrix turned about: M = L L^T becomes R R^T with an upper R, whose inverse
-        # is the U looked for. One factorization and one triangular inverse.
-        lower = lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
-        return lower[::-1, ::-1]
-
-    fails = lambda r: ~jnp.isfinite(r).all()
-    _, r = lax.while_loop(
-        lambda state: fails(state[1]) & (state[0] < len(dampings) - 1),
-        lambda state: (state[0] + 1, factor(state[0] + 1)),
-        (jnp.int32(0), factor(jnp.int32(0))),
-    )
-    eye = jnp.eye(len(hessian), dtype=scaled.dtype)
-    u = lax.linalg.triangular_solve(r, eye, left_side=True, lower=False)
-    return u / jnp.sqrt(mean), ~fails(r)
+    return jax.vmap(one)(done, w, scale, zero, hessian, order, u)
 
 
 def _rounded(
@@ -287,39 +245,19 @@ def _rounded(
     block_size: int,
 ) -> jax.Array:
     """The codes of `w[k, n]`, feature by feature; corrections to later blocks wait."""
-    k, n = w.shape
-    extra = -k % block_size
-    if extra:
-        rows = lambda part, fill: jnp.pad(part, ((0, extra), (0, 0)), constant_values=fill)
-        w, scale = rows(w, 0.0), rows(scale, 1.0)
-        zero = None if zero is None else rows(zero, 0.0)
-        u = jnp.pad(u, ((0, extra), (0, extra))) + jnp.diag(jnp.arange(k + extra) >= k)
-    cut = lambda part, start: lax.dynamic_slice_in_dim(part, start, block_size, 0)
+    k = len(w)
+    blocks = -(-k // block_size)
+    scale = padded(scale, block_size, 1.0)
+    zero = None if zero is None else padded(zero, block_size)
 
-    def block(b: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        w, codes = state
-        start = b * block_size
-        factor = cut(u, start)
-        inner = lax.dynamic_slice_in_dim(factor, start, block_size, 1)
-        scales, zeros = cut(scale, start), None if zero is None else cut(zero, start)
+    def fix(
+        start: jax.Array, j: jax.Array, part: jax.Array, _: jax.Array, codes: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        at = lambda array, i: lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
+        step, offset = at(scale, start + j), None if zero is None else at(zero, start + j)
+        code = encode(at(part, j), step, offset, qtype, (), None)
+        back = (code if offset is None else code - offset) * step
+        return back, codes.at[start + j].set(code.astype(jnp.int8))
 
-        def feature(j: jax.Array, state: Any) -> Any:
-            part, codes, errors = state
-            at = lambda array: lax.dynamic_index_in_dim(array, j, 0, keepdims=False)
-            offset = None if zeros is None else at(zeros)
-            code = encode(at(part), at(scales), offset, qtype, (), None)
-            back = (code if offset is None else code - offset) * at(scales)
-            row = at(inner)
-            error = (at(part) - back) / row[j]
-            part = part - row[:, None] * error
-            return part, codes.at[j].set(code.astype(jnp.int8)), errors.at[j].set(error)
-
-        empty = jnp.zeros((block_size, n), jnp.int8), jnp.zeros((block_size, n))
-        _, block_codes, errors = lax.fori_loop(0, block_size, feature, (cut(w, start), *empty))
-        # Features before the end of the block are finished; what becomes of them is not read.
-        w = w - lax.dot(factor.T, errors, precision=lax.Precision.HIGHEST)
-        return w, lax.dynamic_update_slice_in_dim(codes, block_codes, start, 0)
-
-    blocks = (k + extra) // block_size
-    start = w, jnp.zeros(w.shape, jnp.int8)
-    return lax.fori_loop(0, blocks, block, start)[1][:k]
+    codes = jnp.zeros(scale.shape, jnp.int8)
+    return compensate(w, u, fix, codes, size=block_size, first=0, count=blocks)[1][:k]

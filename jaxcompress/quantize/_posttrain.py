@@ -14,7 +14,7 @@ from jaxcompress._matrices import Matrices
 from jaxcompress._paths import leaves_with_paths, subtrees
 from jaxcompress._program import Unit, name_of
 from jaxcompress._rules import assign
-from jaxcompress._sequential import Finished, sequential
+from jaxcompress._sequential import Progress, Tell, sequential
 from jaxcompress._statistics import Observed, Statistic, absmax
 from jaxcompress.arrays import QuantizedArray
 from jaxcompress.arrays._fit import Fit
@@ -25,7 +25,6 @@ from jaxcompress.quantize._specs import Spec
 
 __all__ = ["Layer", "Layers", "Method", "Progress", "layerwise", "nearest"]
 
-Progress = Callable[[Finished], Any] | None
 Method = Callable[[Any, Any, Any, Any], Any]  # of `fn, params, batches, rules`, as all of them
 
 
@@ -57,6 +56,7 @@ class Layer:
     matrices: Matrices
     static: dict[str, Any]
     observed: Observed
+    tell: Tell = lambda part: None
 
     def statistic(self, own: int) -> jax.Array:
         """The statistic as `[batch, ...]`; raises if nothing was seen."""
@@ -99,14 +99,16 @@ class Layers:
         paths = [path for path, _ in leaves_with_paths(params)]
         return cls(params, statics, dict(zip(paths, subtrees(found, params))))
 
-    def layer(self, unit: Unit, leaf: jax.Array, observed: Observed) -> Layer:
+    def layer(
+        self, unit: Unit, leaf: jax.Array, observed: Observed, tell: Tell = lambda part: None
+    ) -> Layer:
         path, row = unit
-        static = self.statics[path]
-        if row is not None:
+        static = self.statics.get(path, {})
+        if static and row is not None:
             own = lambda part: None if part is None else part[min(row, part.shape[0] - 1)]
             static = static | {n: own(static[n]) for n in ("act_scale", "act_offset")}
         matrices = Matrices.of(leaf.shape, self.layouts[path])
-        return Layer(name_of(unit), leaf, matrices, static, observed)
+        return Layer(name_of(unit), leaf, matrices, static, observed, tell)
 
 
 def layerwise(
@@ -126,9 +128,9 @@ def layerwise(
     batches = list(batches)
     layers = Layers.of(fn, params, batches, rules, stats)
 
-    def one(unit: Unit, leaves: dict[str, Any], observed: Observed) -> dict[str, Any]:
+    def one(unit: Unit, leaves: dict[str, Any], observed: Observed, tell: Tell) -> dict[str, Any]:
         name = name_of(unit)
-        return {name: solve(layers.layer(unit, leaves[name], observed))}
+        return {name: solve(layers.layer(unit, leaves[name], observed, tell))}
 
     return sequential(
         fn,

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress._paths import map_with_paths
-from jaxcompress.arrays import FakeQuantArray, is_compressed
+from jaxcompress.arrays import FakeQuantArray, LowRankArray, PrunedInputArray, is_compressed
 from jaxcompress.arrays._fit import fit
+from jaxcompress.arrays._quantized import replace
 from jaxcompress.quantize._methods import check_learned
 from jaxcompress.quantize._resolve import map_rules
 from jaxcompress.quantize._specs import Spec
@@ -85,14 +86,19 @@ def convert(params: Any) -> Any:
     >>> jc.quantize.convert(params)["w"]
     QuantizedArray(int8[2,2] as float32, axis=(-2,), path='w')
     """
-    leaves = jax.tree.leaves(params, is_leaf=is_compressed)
-    if not any(isinstance(leaf, FakeQuantArray) for leaf in leaves):
+    found = False
+
+    def one(leaf: Any) -> Any:
+        nonlocal found
+        if isinstance(leaf, PrunedInputArray):
+            return replace(leaf, array=one(leaf.array))
+        found |= isinstance(leaf, FakeQuantArray)
+        return leaf.convert() if isinstance(leaf, FakeQuantArray) else leaf
+
+    converted = jax.tree.map(one, params, is_leaf=is_compressed)
+    if not found:
         raise ValueError("convert found no FakeQuantArray; prepare_qat makes them")
-    return jax.tree.map(
-        lambda leaf: leaf.convert() if isinstance(leaf, FakeQuantArray) else leaf,
-        params,
-        is_leaf=is_compressed,
-    )
+    return converted
 
 
 def trainable(params: Any) -> Any:
@@ -100,8 +106,9 @@ def trainable(params: Any) -> Any:
 
     For `optax.multi_transform`: scales often want another learning rate than weights and
     no weight decay, and integers must not be touched by an optimizer at all. The weights
-    are floating leaves and those inside `FakeQuantArray`s, the scales those of
-    `FakeQuantArray`s; frozen are integers, and the scales that belong to them.
+    are floating leaves, those inside `FakeQuantArray`s and `LowRankArray`s, and the shared
+    values of `CodebookArray`s; the scales are those of `FakeQuantArray`s; frozen are integers,
+    the scales that belong to them, and thresholds of activations.
 
     Returns:
       A tree of labels in the structure of `params`, the insides of containers included.
@@ -120,8 +127,14 @@ def trainable(params: Any) -> Any:
             return jax.tree_util.tree_map_with_path(
                 lambda key, _: "weight" if key[-1].name == "weight" else "scale", leaf
             )
+        if isinstance(leaf, PrunedInputArray):
+            frozen = jax.tree.map(lambda _: "frozen", leaf)
+            return replace(frozen, array=label(path, leaf.array))
         if is_compressed(leaf):
-            return jax.tree.map(lambda _: "frozen", leaf)
+            trained = lambda key: isinstance(leaf, LowRankArray) or key[-1].name == "codebook"
+            return jax.tree_util.tree_map_with_path(
+                lambda key, _: "weight" if trained(key) else "frozen", leaf
+            )
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         return "weight" if floating else "frozen"
 

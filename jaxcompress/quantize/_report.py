@@ -15,7 +15,7 @@ from jaxcompress._layout import layout
 from jaxcompress._matrices import Matrices
 from jaxcompress._paths import leaves_with_paths, map_with_paths, subtrees
 from jaxcompress._program import Unit, name_of
-from jaxcompress._sequential import sequential
+from jaxcompress._sequential import Tell, sequential
 from jaxcompress._statistics import Observed, second_moment
 from jaxcompress.arrays import is_compressed
 
@@ -131,7 +131,7 @@ def report(
     met = [path for path in small if found[path] is not None and found[path].contract is not None]
     sums: dict[str, list[float]] = {}
 
-    def measure(unit: Unit, leaves: dict[str, Any], observed: Observed) -> dict[str, Any]:
+    def measure(unit: Unit, leaves: dict[str, Any], observed: Observed, _: Tell) -> dict[str, Any]:
         (path, row), leaf = unit, leaves[name_of(unit)]
         matrices = Matrices.of(leaf.shape, found[path])
         decoded = small[path].materialise()

@@ -40,8 +40,8 @@ def rotate(
     `Q = hartley(m) (x) hadamard(2^a)` of `k = m 2^a` features, `m` odd. `Q^T S w` is what
     is rounded and kept; `x S Q` is made at the product, by small factors one after the
     other, so `fn` stays as it is. In exact arithmetic nothing changes but the rounding.
-    QuaRot folds half of its rotations into the weights before, which norms that centre or
-    scale each feature do not let through; here every network is rotated the same way.
+    QuaRot folds most of its rotations into the weights before, so that they cost nothing:
+    that is `fold_rotations`, where the network lets it. This rotates in front of any weight.
 
     Args:
       fn, params, batches, rules, resume, progress: as for `gptq`; specs with quantized

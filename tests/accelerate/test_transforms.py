@@ -168,6 +168,7 @@ EXPORTED = {
     **{name: lambda w, spec=spec: quantized(w, spec()) for name, spec in SPECS.items()},
     "zero points": lambda w: quantized(w, jc.quantize.int4(symmetric=False)),
     "bitmap": lambda w: jc.prune.pack({"w": w}, {"w": w > 0})["w"],
+    "low rank": lambda w: jc.prune.low_rank({"w": w}, ["w"], rank=3)["w"],
     "fake": lambda w: jc.quantize.prepare_qat(
         {"w": w}, {"w": jc.quantize.w8a8()}, learn_scale=True
     )["w"],

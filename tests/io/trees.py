@@ -10,9 +10,11 @@ import jaxcompress as jc
 
 BATCH = np.random.default_rng(9).normal(size=(24, 16)).astype(np.float32)
 
+NAMES = ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric", "shared", "shared_pruned", "thin")
+
 
 def model(params, x):
-    for name in ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric"):
+    for name in NAMES:
         x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
     return x @ params["twin"]
 
@@ -25,8 +27,7 @@ def compressed():
         "kernel": jnp.asarray(random.normal(size=(16, 16)), jnp.float32),
         "bias": jnp.asarray(random.normal(size=16), jnp.bfloat16),
     }
-    names = ("int8", "int4", "int3", "w8a8", "pruned", "asymmetric")
-    params = {name: dense() for name in names} | {"twin": dense()["kernel"]}
+    params = {name: dense() for name in NAMES} | {"twin": dense()["kernel"]}
     stats = jc.calibrate(model, params, [BATCH], jc.statistics.absmax())
     rules = {
         "int8/kernel": jc.quantize.int8(),
@@ -36,7 +37,10 @@ def compressed():
         "pruned/kernel": jc.quantize.int4(),
         "asymmetric/kernel": jc.quantize.int4(symmetric=False),
     }
-    masks = jc.prune.mask(params, jc.prune.unstructured(), 0.8, rules=["pruned/kernel"])
+    masks = jc.prune.mask(params, jc.prune.unstructured(), 0.8, rules=[".*pruned/kernel"])
     params = jc.quantize.quantize(params, rules, stats=stats)
+    shared = {"shared.*/kernel": jc.quantize.codebook(bits=3)}
+    params = jc.quantize.share(params, shared, masks=masks)
     params = jc.prune.pack(params, masks)
+    params = jc.prune.low_rank(params, ["thin/kernel"], rank=3)
     return jc.quantize.prepare_qat(params, {"twin": jc.quantize.w4a8()}, learn_scale=True)

@@ -1,12 +1,15 @@
 """`sparsegpt` against the optimal brain surgeon, one weight at a time, in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import jaxcompress as jc
-import oracles_pruning as oracles
+import oracles
+import oracles_pruning
+from jaxcompress import _compensate
 
 
 def data(rows=60, k=12, seed=0):
@@ -15,12 +18,16 @@ def data(rows=60, k=12, seed=0):
     return (rng.normal(size=(rows, k)) @ rng.normal(size=(k, k))).astype(np.float32)
 
 
-def surgeon(w, x, block, kept, ratio=None, damping=0.01, separate=False):
+def surgeon(w, x, block, kept, ratio=None, damping=0.01, separate=False, array=None):
     """`w[outputs, inputs]` pruned in the order of its inputs.
 
     Of each output the inputs still to come are set to what is optimal (Hassibi and Stork,
     1993): with `F` those from `j` on, `w_F -= w_j inv(H_F)[:, 0] / inv(H_F)[0, 0]`. Every
     inverse is taken from scratch.
+
+    With a quantized `array[inputs, outputs]`, what stays becomes what its codes say, and the
+    inputs still to come make up for that too; each code must be the nearest one. The codes
+    are followed, because behind a tie that float32 decided the other way all would differ.
     """
     w, x = np.array(w, np.float64), np.asarray(x, np.float64)
     outputs, k = w.shape
@@ -32,20 +39,25 @@ def surgeon(w, x, block, kept, ratio=None, damping=0.01, separate=False):
         if ratio is not None and j % ratio[1] == 0:
             columns = range(j, j + ratio[1])
             scores = np.stack([w[:, c] ** 2 / inverses[c][0, 0] for c in columns], -1)
-            mask[:, columns] = oracles.nm_mask(scores, *ratio, -1)
+            mask[:, columns] = oracles_pruning.nm_mask(scores, *ratio, -1)
         if ratio is None and j % block == 0:
             columns = range(j, min(k, j + block))
             scores = np.stack([w[:, c] ** 2 / inverses[c][0, 0] for c in columns], -1)
             number = kept[j // block]
             if separate:
-                mask[:, columns] = [oracles.keep_largest([s], number)[0] for s in scores]
+                mask[:, columns] = [oracles_pruning.keep_largest([s], number)[0] for s in scores]
             else:
-                [mask[:, columns]] = oracles.keep_largest([scores], number)
+                [mask[:, columns]] = oracles_pruning.keep_largest([scores], number)
+        value = np.where(mask[:, j], w[:, j], 0.0)
+        if array is not None:
+            codes, scale = oracles.codes_of(array)[j], np.broadcast_to(array.scale, (k, outputs))[j]
+            inside = np.clip(value / scale, array.qtype.low, array.qtype.high)
+            # Half a code for rounding; float32 sums of this size are right to 1e-3 of a code.
+            assert np.abs(inside - codes).max() < 0.5 + 1e-3
+            value = codes * np.asarray(scale, np.float64)
         inverse = inverses[j]
-        for o in range(outputs):
-            if not mask[o, j]:
-                w[o, j:] -= w[o, j] * inverse[:, 0] / inverse[0, 0]
-                w[o, j] = 0
+        w[:, j:] -= np.outer(w[:, j] - value, inverse[:, 0] / inverse[0, 0])
+        w[:, j] = value
     return w, mask
 
 
@@ -69,7 +81,7 @@ def test_it_is_the_surgeon(name):
     w = np.random.default_rng(1).normal(size=(12, 5)).astype(np.float32)
     fn = lambda p, x: x @ p["w"]
     pruned, masks = jc.prune.sparsegpt(
-        fn, {"w": w}, [x[:20], x[20:]], pattern, sparsity, block_size=options["block"]
+        fn, {"w": w}, [x[:30], x[30:]], pattern, sparsity, block_size=options["block"]
     )
     want, mask = surgeon(w.T, x, **options)
     np.testing.assert_array_equal(masks["w"], mask.T)
@@ -77,7 +89,111 @@ def test_it_is_the_surgeon(name):
     # float32 solves with a matrix whose condition number is some thousands.
     np.testing.assert_allclose(pruned["w"], want.T, atol=2e-3)
     if options["kept"] and "separate" not in options:
-        assert np.count_nonzero(masks["w"]) == oracles.kept(str(sparsity), 60)
+        assert np.count_nonzero(masks["w"]) == oracles_pruning.kept(str(sparsity), 60)
+
+
+@pytest.mark.parametrize("name", ["blocks that do not divide", "each output", "2:4"])
+def test_both_is_the_surgeon_who_rounds(name):
+    pattern, sparsity, options = CASES[name]
+    x, w = data(), np.random.default_rng(1).normal(size=(12, 5)).astype(np.float32)
+    q, masks = jc.prune.sparsegpt(
+        lambda p, x: x @ p["w"],
+        {"w": w},
+        [x],
+        pattern,
+        sparsity,
+        quantize=jc.quantize.int4(),
+        block_size=options["block"],
+    )
+    want, mask = surgeon(w.T, x, **options, array=q["w"])
+    np.testing.assert_array_equal(masks["w"], mask.T)
+    np.testing.assert_allclose(q["w"].materialise(), want.T, rtol=1e-6)
+    packed = jc.prune.pack(q, masks, pattern=pattern)["w"]
+    np.testing.assert_array_equal(packed.materialise(), q["w"].materialise())
+
+
+def test_a_layer_sees_the_layers_before_it_pruned():
+    """Two of a scan, and one behind them, of which the first is not quantized."""
+
+    def fn(p, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"])
+        return x @ p["last"].T
+
+    x, rng = data(60, 8), np.random.default_rng(1)
+    params = {"stack": rng.normal(size=(2, 8, 8)) / 4, "last": rng.normal(size=(4, 8))}
+    params = jax.tree.map(jnp.float32, params)
+    half = jc.prune.nm(2, 4, layout=jc.layout(fn, params, x))
+    new, masks = jc.prune.sparsegpt(
+        fn, params, [x[:30], x[30:]], half, 1.0, quantize={"last": jc.quantize.int8()}
+    )
+    assert new["stack"].shape == (2, 8, 8)
+    for i in range(2):
+        want, mask = surgeon(params["stack"][i].T, x, 8, None, (2, 4))
+        np.testing.assert_array_equal(masks["stack"][i], mask.T)
+        # As above.
+        np.testing.assert_allclose(new["stack"][i], want.T, atol=2e-3)
+        x = np.tanh(x @ np.asarray(new["stack"][i]))
+    turned = jax.tree.map(jnp.transpose, new["last"])
+    last = jc.arrays.QuantizedArray(
+        turned.values, turned.scale, qtype=new["last"].qtype, axis=(-2,)
+    )
+    _, mask = surgeon(params["last"], x, 8, None, (2, 4), array=last)
+    np.testing.assert_array_equal(masks["last"], mask)
+
+
+def test_experts_have_activations_of_their_own():
+    rng = np.random.default_rng(2)
+    x, w = np.stack([data(seed=e) for e in range(2)]), rng.normal(size=(2, 12, 5))
+    fn, params = lambda p, x: jnp.einsum("emk,ekn->emn", x, p["w"]), {"w": jnp.float32(w)}
+    pattern = jc.prune.unstructured(layout=jc.layout(fn, params, x))
+    new, masks = jc.prune.sparsegpt(fn, params, [x], pattern, 0.5, block_size=4)
+    for e in range(2):
+        want, mask = surgeon(w[e].T, x[e], 4, [2, 2, 2], separate=True)
+        np.testing.assert_array_equal(masks["w"][e], mask.T)
+        np.testing.assert_allclose(new["w"][e], want.T, atol=2e-3)  # as above
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch):
+    """And a layer of which the host hears in between has the same bits too."""
+    rng = np.random.default_rng(4)
+    params = {n: jnp.float32(rng.normal(size=(8, 8))) for n in "abc"}
+    fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+    x, reports = data(40, 8), []
+    run = lambda **more: jc.prune.sparsegpt(
+        fn,
+        params,
+        [x],
+        jc.prune.unstructured(),
+        0.5,
+        rules=["a", "b"],
+        quantize={"b": jc.quantize.int4()},
+        block_size=3,
+        **more,
+    )
+    want, masks = run(progress=reports.append)
+    assert [type(r).__name__ for r in reports] == ["Finished"] * 2
+    assert isinstance(masks["c"], optax.MaskedNode)
+
+    def kill(report):
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run(resume=tmp_path, progress=kill)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    monkeypatch.setattr(_compensate, "_STEP", 1)  # a piece is one block
+    reports.clear()
+    for got in (run(resume=tmp_path), run(progress=reports.append)):
+        assert jax.tree.structure(got) == jax.tree.structure((want, masks))
+        jax.tree.map(np.testing.assert_array_equal, got, (want, masks))
+    fractions = [r.fraction for r in reports]
+    np.testing.assert_allclose(fractions, np.arange(1, 7) / 6)  # three blocks of each
+    assert [r.layers for r in reports] == [("a",)] * 3 + [("b",)] * 3
+    with pytest.raises(ValueError, match="a run with other weights"):
+        run(resume=tmp_path, damping=0.02)
 
 
 def test_outputs_change_less_than_by_magnitude_or_wanda():
@@ -94,6 +210,10 @@ def test_outputs_change_less_than_by_magnitude_or_wanda():
     pruned, _ = jc.prune.sparsegpt(fn, params, [x], pattern, 0.5)
     assert errors["wanda"] < errors["magnitude"]
     assert error(pruned) < 0.75 * errors["wanda"]
+    spec = {"w": jc.quantize.int3()}
+    after = jc.quantize.quantize(pruned, spec)["w"].materialise()
+    both, _ = jc.prune.sparsegpt(fn, params, [x], pattern, 0.5, quantize=spec)
+    assert error({"w": both["w"].materialise()}) < error({"w": after})
 
 
 def model(params, x):
@@ -162,3 +282,24 @@ DENSE = lambda p, x: x @ p["w"]
 def test_what_cannot_be_done_is_said(args, message):
     with pytest.raises(ValueError, match=message):
         jc.prune.sparsegpt(*args, rules=["w"])
+
+
+@pytest.mark.parametrize(
+    ("quantize", "error", "message"),
+    [
+        ({"v": jc.quantize.int4()}, ValueError, "names 'v', which is not pruned"),
+        (jc.quantize.int4(symmetric=False), ValueError, "'w' is asymmetric"),
+        (jc.quantize.nf4(), TypeError, "the spec of 'w' is nf4"),
+        (jc.quantize.w8a8(static=True), ValueError, "needs stats="),
+    ],
+)
+def test_what_cannot_be_quantized_is_said(quantize, error, message):
+    params = W | {"v": np.ones((8, 4), np.float32)}
+    fn = lambda p, x: x @ p["w"] + x @ p["v"]
+    with pytest.raises(error, match=message):
+        jc.prune.sparsegpt(
+            fn, params, [X], jc.prune.unstructured(), 0.5, rules=["w"], quantize=quantize
+        )
+    fake = jc.quantize.prepare_qat(W, {"w": jc.quantize.int8()})
+    with pytest.raises(TypeError, match="'w' is a FakeQuantArray"):
+        jc.prune.sparsegpt(DENSE, fake, [X], jc.prune.unstructured(), 0.5, rules=["w"])

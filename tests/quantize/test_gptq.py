@@ -9,6 +9,7 @@ import pytest
 import jaxcompress as jc
 import oracles
 from checks import random
+from jaxcompress import _compensate
 from jaxcompress.quantize import _gptq
 
 model = lambda p, x: x @ p["w"]
@@ -73,8 +74,18 @@ def test_outputs_are_solved_some_after_the_others(monkeypatch):
     monkeypatch.setattr(_gptq, "_OUTPUTS", 4)
     x, w = correlated(100, 26), random(26, 11)  # a shape that nothing else has compiled
     spec = jc.quantize.int3(symmetric=False, group_size=16)
-    q = jc.quantize.gptq(model, {"w": jnp.asarray(w)}, [x], {"w": spec}, block_size=8)["w"]
+    run = lambda **more: jc.quantize.gptq(
+        model, {"w": jnp.asarray(w)}, [x], {"w": spec}, block_size=8, **more
+    )["w"]
+    q, reports = run(), []
     assert_textbook(q, w, x, 0.01, order=True)
+    # And the host hears of it in between: three pieces in each of seven rounds.
+    monkeypatch.setattr(_compensate, "_STEP", 1)
+    again = run(progress=reports.append)
+    jax.tree.map(np.testing.assert_array_equal, again, q)
+    np.testing.assert_allclose([r.fraction for r in reports], np.arange(1, 22) / 21, atol=1e-6)
+    assert [type(r).__name__ for r in reports] == ["Working"] * 20 + ["Finished"]
+    assert {r.number for r in reports[:-1]} == {0}
 
 
 def test_in_the_order_of_the_weights():
@@ -203,7 +214,8 @@ def test_program_does_not_grow_with_the_columns():
         w, h, order = jnp.zeros((1, k, 4)), jnp.zeros((1, k, k)), jnp.zeros((1, k), int)
         static = dict(matrices=Matrices((k, 4), (-2,), ()), axis=(-2,), group_size=None)
         static |= dict(qtype=jc.arrays.IntType(4), block_size=16)
-        traced = _columns.trace(w, jnp.ones((1, 4)), None, h, order, h, **static)
+        done = jnp.zeros(w.shape, jnp.int8), jnp.zeros((1, 4))
+        traced = _columns.trace(done, 0, 1, w, jnp.ones((1, 4)), None, h, order, h, **static)
         return str(traced.jaxpr).count(" = ")
 
     assert size(64) == size(1024)

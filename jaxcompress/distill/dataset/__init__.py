@@ -3,7 +3,9 @@
 from jaxcompress.distill.dataset._augment import Augmentation, augment
 from jaxcompress.distill.dataset._evaluate import evaluate
 from jaxcompress.distill.dataset._matching import Learned, Method, dc, dm
+from jaxcompress.distill.dataset._ridge import frepo, kip, relu_ntk
 from jaxcompress.distill.dataset._select import herding, k_centre, random
+from jaxcompress.distill.dataset._trajectories import expert, mtt
 
 __all__ = [
     "Augmentation",
@@ -13,7 +15,12 @@ __all__ = [
     "dc",
     "dm",
     "evaluate",
+    "expert",
+    "frepo",
     "herding",
     "k_centre",
+    "kip",
+    "mtt",
     "random",
+    "relu_ntk",
 ]

@@ -9,7 +9,7 @@ import optax
 
 from jaxcompress.distill.dataset._augment import Augmentation, augment
 
-__all__ = ["Learned", "Method", "dc", "dm"]
+__all__ = ["Learned", "Method", "check_images", "check_real", "dc", "dm"]
 
 
 class Learned(NamedTuple):
@@ -51,7 +51,7 @@ class Method(NamedTuple):
     """
 
     init: Callable[[jax.Array], Learned]
-    update: Callable[[jax.Array, Learned, jax.Array], tuple[Learned, jax.Array]]
+    update: Callable[[jax.Array, Learned, Any], tuple[Learned, jax.Array]]
 
 
 def dm(
@@ -191,8 +191,7 @@ def _method(
     """From a loss and its gradient to the learned images."""
 
     def start(images: jax.Array) -> Learned:
-        if images.ndim < 3:
-            raise ValueError(f"images must be [classes, per class, ...]; got {images.shape}")
+        check_images(images)
         return Learned(images, tx.init(images))
 
     @jax.jit
@@ -201,12 +200,23 @@ def _method(
         return Learned(optax.apply_updates(learned.images, updates), state)
 
     def update(key: jax.Array, learned: Learned, real: jax.Array) -> tuple[Learned, jax.Array]:
-        if real.shape[:1] + real.shape[2:] != learned.images.shape[:1] + learned.images.shape[2:]:
-            raise ValueError(
-                f"real images must be [classes, batch, ...] like the learned, which are "
-                f"{learned.images.shape}; got {real.shape}"
-            )
+        check_real(learned.images, real)
         loss, gradient = slope(key, learned.images, real)
         return move(learned, gradient), loss
 
     return Method(start, update)
+
+
+def check_images(images: jax.Array) -> None:
+    """Raises unless there are axes for the classes and for the images of a class."""
+    if images.ndim < 3:
+        raise ValueError(f"images must be [classes, per class, ...]; got {images.shape}")
+
+
+def check_real(images: jax.Array, real: jax.Array) -> None:
+    """Raises unless real images are as many classes, and each as large, as the learned ones."""
+    if real.shape[:1] + real.shape[2:] != images.shape[:1] + images.shape[2:]:
+        raise ValueError(
+            f"real images must be [classes, batch, ...] like the learned, which are "
+            f"{images.shape}; got {real.shape}"
+        )

@@ -1,4 +1,4 @@
-"""Kinds of primitives that `shrink` treats alike."""
+"""Kinds of primitives that those who follow axes through a program treat alike."""
 
 __all__ = ["CUMULATIVE", "ELEMENTWISE", "MOVES", "REDUCTIONS", "WINDOWS"]
 

@@ -1,0 +1,63 @@
+"""The methods of distill_dataset.py with their settings, and the experts that MTT follows."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcompress as jc
+from _dataset_models import Network
+
+d = jc.distill.dataset
+EXPERTS, EPOCHS, AHEAD = 3, 6, 2  # networks, epochs of each, and how far MTT looks ahead
+IMAGES, BATCH = 10_000, 256  # of an epoch
+
+
+def method(name: str, network: Network) -> Any:
+    """`name` with a rate near the one of its paper; a flip makes other shoes of shoes."""
+    how = d.Augmentation(flip=False)
+    init, features, apply = network
+    return {
+        "dm": lambda: d.dm(init, features, optax.sgd(1.0, momentum=0.5), augmentation=how),
+        "dc": lambda: d.dc(init, apply, optax.sgd(0.1, momentum=0.5)),
+        "dsa": lambda: d.dc(init, apply, optax.sgd(0.1, momentum=0.5), augmentation=how),
+        "kip": lambda: d.kip(d.relu_ntk(2), optax.adam(1e-2)),
+        "frepo": lambda: d.frepo(
+            jax.random.key(4), init, features, apply, optax.adam(1e-2), augmentation=how
+        ),
+        "mtt": lambda: d.mtt(
+            apply, optax.sgd(10.0, momentum=0.5), steps=8, rate=0.02, augmentation=how
+        ),
+    }[name]()
+
+
+class Experts(NamedTuple):
+    """Networks at the start and after each epoch of ordinary training."""
+
+    paths: list[list[Any]]
+
+    def pair(self, random: np.random.Generator) -> tuple[Any, Any]:
+        """One of them at two times."""
+        path = self.paths[random.integers(len(self.paths))]
+        start = random.integers(len(path) - AHEAD)
+        return path[start], path[start + AHEAD]
+
+
+def experts(network: Network, x: np.ndarray, y: np.ndarray, quick: bool) -> Experts:
+    """A few networks, each trained on images of its own."""
+
+    def path(seed: int) -> list[Any]:
+        random = np.random.default_rng(seed)
+
+        def epoch() -> Any:
+            rows = random.choice(len(x), BATCH if quick else IMAGES, replace=False)
+            for i in range(0, len(rows) // BATCH * BATCH, BATCH):
+                chosen = rows[i : i + BATCH]
+                yield jnp.asarray(x[chosen]), jnp.asarray(y[chosen], jnp.int32)
+
+        params = network.init(jax.random.key(seed))
+        return d.expert(network.apply, params, (epoch() for _ in range(EPOCHS)), optax.sgd(0.02))
+
+    return Experts([path(seed) for seed in range(1 if quick else EXPERTS)])
