@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxcompress.arrays import BlockSparseArray
 from jaxcompress.arrays._uses import listener
-from jaxcompress.ops._block_sparse import block_sparse_dot, plan
+from jaxcompress.ops._block_sparse import block_sparse_matmul, plan
 from jaxcompress.ops._linear import encode_activations
 
 __all__ = ["block_sparse"]
@@ -41,7 +41,16 @@ def block_sparse(
     if w.act is not None:
         static = None if w.act_scale is None else w.act_scale.reshape(*batch, 1, 1)
         rows, x_scale, _ = encode_activations(rows, w.act, static)
-    out = block_sparse_dot(rows, w.blocks(), w.rows, w.matrix[1])
+    is_scaled = w.qtype is not None or x_scale is not None
+    blocks, columns = w.blocks(), w.matrix[1]
+    out = block_sparse_matmul(
+        rows,
+        blocks,
+        w.rows,
+        columns=columns,
+        counts=w.counts,
+        dtype=None if is_scaled else dtype,
+    )
     if x_scale is not None:
         out = out * x_scale
     if w.qtype is not None:
@@ -49,11 +58,11 @@ def block_sparse(
         out = out * (jnp.swapaxes(scale, -1, -2) if w.transposed else scale)
     here = listener()
     if here is not None:
-        m, dtype_name = rows.shape[-2], rows.dtype.name
-        choice = plan(m, k, w.matrix[1], w.block[1], dtype_name, here.platform)
+        kinds = blocks.dtype.name, rows.dtype.name
+        choice = plan(rows.shape[-2], k, columns, w.block, *kinds, here.platform)
         name = choice.implementation.name
         w.note(lax.dot_general_p, "block_sparse_matmul", name, choice.why)
-    out = out.reshape(*batch, *(x.shape[d] for d in x_free), w.matrix[1]).astype(dtype)
+    out = out.reshape(*batch, *(x.shape[d] for d in x_free), columns).astype(dtype)
     if weight_first:
         b = len(batch)
         out = jnp.moveaxis(out, -1, b)

@@ -18,11 +18,13 @@ from jaxcompress._accelerate._block_sparse import block_sparse
 from jaxcompress._accelerate._gather import gather
 from jaxcompress._accelerate._low_rank import low_rank
 from jaxcompress._accelerate._named import mark
+from jaxcompress._accelerate._nm import nm
 from jaxcompress._quax import pvary_p, ragged_dot_general_p, stop_gradient_p
 from jaxcompress.arrays import (
     BlockSparseArray,
     CompressedArray,
     LowRankArray,
+    NMSparseArray,
     PrepackedArray,
     PrepackedSparseArray,
     QuantizedArray,
@@ -173,6 +175,7 @@ def _dot_general(operands: list, which: int, params: dict) -> Any:
     products: dict[type[CompressedArray], Callable] = {
         BlockSparseArray: block_sparse,
         LowRankArray: low_rank,
+        NMSparseArray: nm,
         PrepackedArray: _products.prepacked,
         PrepackedSparseArray: _products.prepacked,
     }

@@ -28,12 +28,13 @@ class BlockSparseArray(SparseArray):
       below eight bits along the last axis.
     - `rows` is int32 `[..., columns of blocks, slots]`, the row of blocks that each lies in.
       Every column has as many slots as the fullest; what is left over is zero blocks.
+    - `counts` is int32 `[..., columns of blocks]`, how many slots are used; None where all are.
     - `matrix` is the logical `(rows, columns)`; blocks reach beyond a far edge that they do
       not divide, with zeros. With `transposed` the array is the transpose of that.
     - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes.
 
-    In `jaxcompress.accelerate` a product that contracts the rows gathers the activations
-    of the kept blocks and multiplies those only; anything else gets the zeros put back.
+    In `jaxcompress.accelerate` a product that contracts the rows multiplies the kept blocks
+    only (`jaxcompress.ops.block_sparse_matmul`); anything else gets the zeros put back.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> w, blocks = jnp.eye(64), jc.prune.block(16, 16)
@@ -50,6 +51,7 @@ class BlockSparseArray(SparseArray):
     scale: Any = None
     act_scale: Any = None
     act_offset: Any = None
+    counts: Any = None
     block: tuple[int, int] = eqx.field(static=True, kw_only=True)
     matrix: tuple[int, int] = eqx.field(static=True, kw_only=True)
     transposed: bool = eqx.field(static=True, kw_only=True, default=False)
@@ -112,7 +114,7 @@ class BlockSparseArray(SparseArray):
         )
 
     def lowered(self) -> QuantizedArray | jax.Array:
-        why = "zeros are put back: only a plain product gathers blocks"
+        why = "zeros are put back: only a plain product takes blocks"
         self.note("expand", "block_sparse", "reference", why)
         return self.expanded()
 
@@ -170,9 +172,9 @@ def block_of(
     matrix = values.shape[-2:][::-1] if transposed else values.shape[-2:]
     static: dict[str, Any] = dict(block=tuple(block), matrix=tuple(matrix), path=path)
     rows = jnp.asarray(order.astype(np.int32))
-    return BlockSparseArray(
-        stored(picked, array, -1), rows, transposed=transposed, **static, **fields_of(array)
-    )
+    counts = None if alive.all() else jnp.asarray(alive.sum(-1, dtype=np.int32))
+    static |= dict(transposed=transposed, counts=counts)
+    return BlockSparseArray(stored(picked, array, -1), rows, **static, **fields_of(array))
 
 
 def _blocks_of(array: np.ndarray, block: tuple[int, int]) -> np.ndarray:

@@ -13,7 +13,7 @@ from jaxcompress.arrays._qtype import Activation, QType
 from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._sparse import SparseArray, codes_or_floats, fields_of, stored
 
-__all__ = ["NMSparseArray", "nm_of"]
+__all__ = ["NMSparseArray", "fill", "index_bits", "nm_of"]
 
 
 class NMSparseArray(SparseArray):
@@ -29,8 +29,9 @@ class NMSparseArray(SparseArray):
     - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes.
     - Leading axes (layers, experts) are axes of every leaf, so slices are valid arrays.
 
-    There is no product of its own yet: `jaxcompress.accelerate` puts the zeros back, in
-    integers where the values are quantized, and multiplies that.
+    In `jaxcompress.accelerate` a product of floats over `along` is that of
+    `jaxcompress.ops.nm_matmul`; for anything else the zeros are put back, in integers where
+    the values are quantized.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> w = jnp.arange(1.0, 257.0).reshape(64, 4)
@@ -65,21 +66,11 @@ class NMSparseArray(SparseArray):
 
     def dense(self) -> jax.Array:
         """Values or codes in the logical shape, zeros put back."""
-        stored, bits = self.length // self.m * self.n, index_bits(self.m)
         values = self.values
         if self.qtype is not None and self.qtype.bits < 8:
-            values = unpack(values, self.qtype.bits, stored, self.along)
-        places = unpack(self.indices, bits, stored, self.along) & (2**bits - 1)  # no sign
-        d = self.along % self.ndim
-        lead, trail = self.shape[:d], self.shape[d + 1 :]
-        apart = lambda x: x.reshape(*lead, self.length // self.m, self.n, *trail)
-        values, places = apart(values), apart(places)
-        place = jnp.arange(self.m, dtype=places.dtype).reshape(-1, *(1 for _ in trail))
-        out = jnp.zeros((*lead, self.length // self.m, self.m, *trail), values.dtype)
-        for j in range(self.n):
-            one = lambda x, j=j: jax.lax.slice_in_dim(x, j, j + 1, axis=d + 1)
-            out = jnp.where(one(places) == place, one(values), out)
-        return out.reshape(self.shape)
+            kept = self.length // self.m * self.n
+            values = unpack(values, self.qtype.bits, kept, self.along)
+        return fill(values, self.indices, self.n, self.m, self.length, self.along)
 
     @property
     def packed_axis(self) -> int:
@@ -89,7 +80,7 @@ class NMSparseArray(SparseArray):
         return {**super().planes(), "indices": (index_bits(self.m), self.along)}
 
     def lowered(self) -> QuantizedArray | jax.Array:
-        why = f"zeros are put back: no {self.n}:{self.m} product yet"
+        why = f"zeros are put back: only a plain product of floats is one of {self.n}:{self.m}"
         self.note("expand", "nm", "reference", why)
         return self.expanded()
 
@@ -102,6 +93,24 @@ class NMSparseArray(SparseArray):
             f"NMSparseArray({kind}[{size}], {self.n}:{self.m} along {self.along}, "
             f"path={self.path!r})"
         )
+
+
+def fill(
+    values: jax.Array, indices: jax.Array, n: int, m: int, length: int, along: int
+) -> jax.Array:
+    """The array of `length` along `along`, zeros put back between the kept values."""
+    groups, bits = length // m, index_bits(m)
+    places = unpack(indices, bits, groups * n, along) & (2**bits - 1)  # no sign
+    d = along % values.ndim
+    lead, trail = values.shape[:d], values.shape[d + 1 :]
+    apart = lambda x: x.reshape(*lead, groups, n, *trail)
+    values, places = apart(values), apart(places)
+    place = jnp.arange(m, dtype=places.dtype).reshape(-1, *(1 for _ in trail))
+    out = jnp.zeros((*lead, groups, m, *trail), values.dtype)
+    for j in range(n):
+        one = lambda x, j=j: jax.lax.slice_in_dim(x, j, j + 1, axis=d + 1)
+        out = jnp.where(one(places) == place, one(values), out)
+    return out.reshape(*lead, length, *trail)
 
 
 def index_bits(m: int) -> int:

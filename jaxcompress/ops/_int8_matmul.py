@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ class _Static:
     transpose_w: bool
     dtype: str
     implementation: str | None
+    activation: str | None = None
 
 
 def int8_matmul(
@@ -37,14 +39,17 @@ def int8_matmul(
     x_scale: jax.Array | None = None,
     w_scale: jax.Array | None = None,
     w_zero_point: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: Literal["relu", "gelu", "silu"] | None = None,
+    out_scale: jax.Array | None = None,
     group_size: int | None = None,
     transpose_w: bool = False,
     dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Multiplies int8 by int8, sums in int32, and scales the sums.
+    """Multiplies int8 by int8, sums in int32, scales the sums, and does what follows them.
 
-    `y[m, n] = sum_g s_w[g, n] s_x[m] (sum_(k in g) x[m, k] (w[k, n] - z[g, n]))`
+    `y[m, n] = act(b[n] + sum_g s_w[g, n] s_x[m] (sum_(k in g) x[m, k] (w[k, n] - z[g, n])))`
 
     Args:
       x: int8 `[..., m, k]`.
@@ -55,26 +60,34 @@ def int8_matmul(
       w_scale: a scale for each column and group of `w`, `[..., g, n]` (`g` is 1 without
         groups); None for 1.
       w_zero_point: int8, of the shape of `w_scale`; None for 0.
+      bias: floats `[..., 1, n]`, the leading dimensions those of `w`; None for 0.
+      activation: "relu", "gelu" (in its form with tanh), "silu", or None.
+      out_scale: floats that broadcast to the shape of `bias`: the result is divided by
+        them and rounded to int8 codes from -127 to 127, for the next product. None for not.
       group_size: the neighbouring `k` that share a scale; it need not divide `k`.
       transpose_w: whether `w` comes as `[n, k]`; `w_scale` is `[..., g, n]` all the same.
       dtype: of the scaled result.
       implementation: "cpu" (the native kernels), "xla" (uint8 x int8 on the CPU),
-        "pallas_tpu" or "triton" (scales and zero points in the kernel, no groups),
+        "pallas_tpu" or "triton" (all of the formula in the kernel, no groups),
         "reference", or None for the first that serves the shape on the platform.
 
     Returns:
-      `[..., m, n]`: exact int32 without scales, of `dtype` with them. Differentiable in the
-      scales.
+      `[..., m, n]`: exact int32 with neither scales, bias nor activation, of `dtype` with any,
+      int8 with an `out_scale`. If not int8, differentiable in the scales and the bias.
 
     Raises:
       TypeError: an operand is not int8.
-      ValueError: shapes do not match, a sum has more than 131071 products (65793 with zero
-        points) and may leave int32, or the implementation cannot run, with the reason.
+      ValueError: shapes do not match, the activation is none of these, a sum has more than
+        131071 products (65793 with zero points) and may leave int32, or the implementation
+        cannot run, with the reason.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> x, w = jnp.full((2, 3), 100, jnp.int8), jnp.full((3, 4), -100, jnp.int8)
     >>> int(jc.ops.int8_matmul(x, w)[0, 0])
     -30000
+    >>> then = dict(bias=jnp.full((1, 4), 31e3), activation="relu", out_scale=jnp.full((1, 1), 10))
+    >>> int(jc.ops.int8_matmul(x, w, **then)[0, 0])
+    100
 
     Jacob et al., 2018, Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference, arXiv:1712.05877.
@@ -89,6 +102,10 @@ def int8_matmul(
     if w_zero_point is not None and w_zero_point.dtype != jnp.int8:
         raise TypeError(f"int8_matmul takes int8; w_zero_point is {w_zero_point.dtype}")
     check_sums(min(k, group_size or k), w_zero_point is not None)
+    check_scales({"bias": bias, "out_scale": out_scale}, w.shape[:-2], k, n, None)
+    if activation is not None and activation not in _ACTIVATIONS:
+        names = ", ".join(map(repr, _ACTIVATIONS))
+        raise ValueError(f"expected an activation of {names}, or None; got {activation!r}")
     if w.ndim == 2:  # one product of all rows
         rows = math.prod(lead) * m
         x, w = x.reshape(1, rows, k), w[None]
@@ -96,13 +113,16 @@ def int8_matmul(
             x_scale = jnp.broadcast_to(x_scale, (*lead, m, 1)).reshape(1, rows, 1)
         w_scale = None if w_scale is None else w_scale[None]
         w_zero_point = None if w_zero_point is None else w_zero_point[None]
-    kind = jnp.int32 if x_scale is None and w_scale is None else dtype
-    static = _Static(group_size, transpose_w, jnp.dtype(kind).name, implementation)
-    return _matmul(static, x, w, x_scale, w_scale, w_zero_point).reshape(*lead, m, n)
+        bias, out_scale = (None if a is None else a[None] for a in (bias, out_scale))
+    real = any(a is not None for a in (x_scale, w_scale, bias, activation))
+    kind = jnp.int8 if out_scale is not None else dtype if real else jnp.int32
+    static = _Static(group_size, transpose_w, jnp.dtype(kind).name, implementation, activation)
+    out = _matmul(static, x, w, x_scale, w_scale, w_zero_point, bias, out_scale)
+    return out.reshape(*lead, m, n)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static, x, w, x_scale, w_scale, zero):
+def _matmul(static, x, w, *rest):
     problem = Problem(
         m=x.shape[-2],
         k=x.shape[-1],
@@ -110,7 +130,7 @@ def _matmul(static, x, w, x_scale, w_scale, zero):
         group_size=static.group_size,
         transpose_w=static.transpose_w,
     )
-    return dispatch(_table(static), problem, static.implementation, x, w, x_scale, w_scale, zero)
+    return dispatch(_table(static), problem, static.implementation, x, w, *rest)
 
 
 def _forward(static, *args):
@@ -118,10 +138,12 @@ def _forward(static, *args):
 
 
 def _backward(static, residuals, g):
-    x, w, x_scale, w_scale, zero = residuals
-    run = lambda x_scale, w_scale: _reference(static, x, w, x_scale, w_scale, zero)
-    dx_scale, dw_scale = jax.vjp(run, x_scale, w_scale)[1](g)
-    return None, None, dx_scale, dw_scale, None
+    x, w, x_scale, w_scale, zero, bias, _ = residuals
+    if static.dtype == "int8":  # codes have no derivative
+        return (None,) * len(residuals)
+    run = lambda x_scale, w_scale, bias: _reference(static, x, w, x_scale, w_scale, zero, bias)
+    dx_scale, dw_scale, dbias = jax.vjp(run, x_scale, w_scale, bias)[1](g)
+    return None, None, dx_scale, dw_scale, None, dbias, None
 
 
 _matmul.defvjp(_forward, _backward)
@@ -213,10 +235,25 @@ def scaled_sums(
     return sums if w_scale is None else sums * w_scale.astype(jnp.float32)
 
 
-def _reference(static, x, w, x_scale, w_scale, zero):
+_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+
+def _reference(static, *operands):
+    return _finished(static, integer_dot, *operands)
+
+
+def _finished(static, multiply, x, w, x_scale, w_scale, zero, bias=None, out_scale=None):
+    """The formula around any product of integers, step by step."""
     sums = scaled_sums(
-        integer_dot, x, w, x_scale, w_scale, zero, static.group_size, static.transpose_w
+        multiply, x, w, x_scale, w_scale, zero, static.group_size, static.transpose_w
     )
+    if bias is not None:
+        sums = sums.astype(jnp.float32) + bias.astype(jnp.float32)
+    if static.activation is not None:
+        sums = _ACTIVATIONS[static.activation](sums.astype(jnp.float32))
+    if out_scale is not None:
+        sums = jnp.round(sums.astype(jnp.float32) / out_scale.astype(jnp.float32))
+        sums = jnp.clip(sums, -127, 127)
     return sums.astype(static.dtype)
 
 
@@ -238,13 +275,10 @@ def _xla(static, *operands):
     return _scaled(static, kernel.int8_matmul, *operands)
 
 
-def _scaled(static, kernel, x, w, x_scale, w_scale, zero):
-    """Sums by a kernel, scales by XLA."""
+def _scaled(static, kernel, *operands):
+    """Sums by a kernel, all else by XLA."""
     multiply = lambda x, w, transpose_w: kernel(x, w, transpose_w=transpose_w)
-    sums = scaled_sums(
-        multiply, x, w, x_scale, w_scale, zero, static.group_size, static.transpose_w
-    )
-    return sums.astype(static.dtype)
+    return _finished(static, multiply, *operands)
 
 
 def _pallas_tpu(static, *operands):
@@ -259,14 +293,22 @@ def _triton(static, *operands):
     return _fused(static, kernel.int8_matmul, chip("cuda") or chip("rocm"), True, *operands)
 
 
-def _fused(static, kernel, chip, is_cut, x, w, x_scale, w_scale, zero):
+def _fused(static, kernel, chip, is_cut, x, w, x_scale, w_scale, zero, bias, out_scale):
     """Leading dimensions as one, scales spread over rows and columns, as kernels take them."""
-    *lead, m, _ = x.shape
+    *lead, m, k = x.shape
+    if k == 0:  # a kernel has no step in which to add a bias
+        return _reference(static, x, w, x_scale, w_scale, zero, bias, out_scale)
     n = w.shape[-2] if static.transpose_w else w.shape[-1]
     flat = lambda a: a.reshape(-1, *a.shape[-2:])
     spread = lambda s, *shape: None if s is None else flat(jnp.broadcast_to(s, (*lead, *shape)))
-    run = functools.partial(kernel, transpose_w=static.transpose_w, dtype=static.dtype, chip=chip)
-    letters = ("bmk", "bnk" if static.transpose_w else "bkn", "bm1", "b1n", "b1n")
+    run = functools.partial(
+        kernel,
+        transpose_w=static.transpose_w,
+        activation=static.activation,
+        dtype=static.dtype,
+        chip=chip,
+    )
+    letters = ("bmk", "bnk" if static.transpose_w else "bkn", "bm1", *["b1n"] * 4)
     out = call_kernel(
         run,
         letters,
@@ -275,6 +317,8 @@ def _fused(static, kernel, chip, is_cut, x, w, x_scale, w_scale, zero):
         spread(x_scale, m, 1),
         spread(w_scale, 1, n),
         spread(zero, 1, n),
+        spread(bias, 1, n),
+        spread(out_scale, 1, n),
         is_cut=is_cut,
     )
     return out.reshape(*lead, m, n)
@@ -284,7 +328,7 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
     def bound(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return functools.partial(run, static)
 
-    fused = "int8 x int8 -> int32, scaled in the kernel"
+    fused = "int8 x int8 -> int32, all that follows in the kernel"
     refuses_tpu = lambda problem, platform: no_pallas_tpu(platform) or _has_groups(problem)
     refuses_gpu = lambda problem, platform: no_triton(platform) or _has_groups(problem)
     return (

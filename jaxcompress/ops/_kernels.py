@@ -1,7 +1,7 @@
 """What every kernel of a device needs around it: which chip, `vmap`, and sharding.
 
 A kernel takes arrays of three dimensions, a batch first. Letters name them: `b m k` for
-activations, `b k n` for weights, `b m n` for the result.
+activations, `b k n` for weights, `b m n` for the result, if an op does not say otherwise.
 """
 
 import functools
@@ -27,7 +27,6 @@ CHIPS = {
     "cuda": ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0"),
     "rocm": ("gfx90a", "gfx942", "gfx950"),
 }
-_RESULT = "bmn"
 
 
 @functools.cache
@@ -86,11 +85,13 @@ def call_kernel(
     letters: Sequence[str],
     *operands: jax.Array | None,
     is_cut: bool = True,
+    result: str = "bmn",
 ) -> jax.Array:
     """`kernel(*operands)`, which `vmap` turns into more rows or a larger batch.
 
-    Over several devices, each has its rows and columns; `k` is gathered. `is_cut` says
-    whether XLA may see to that where axes are not explicit: libtpu has no means to.
+    Over several devices, each has its part of the letters of the result; the others are
+    gathered. `is_cut` says whether XLA may see to that where axes are not explicit: libtpu
+    has no means to.
     """
     there = [i for i, operand in enumerate(operands) if operand is not None]
     names = [letters[i] for i in there]
@@ -102,9 +103,9 @@ def call_kernel(
     run = run if is_cut else _for_tpus(run)
     explicit = _explicit_mesh(*(operands[i] for i in there))
     if explicit:
-        mapped = custom_vmap(_mapped(run, names, explicit))
+        mapped = custom_vmap(_mapped(run, names, explicit, result))
     else:
-        mapped = custom_vmap(_partitioned(run, names) if is_cut else run)
+        mapped = custom_vmap(_partitioned(run, names, result) if is_cut else run)
 
     @mapped.def_vmap
     def rule(size, is_batched, *arrays):
@@ -114,16 +115,18 @@ def call_kernel(
         ]
         b, m = arrays[0].shape[-3:-1]
         per_weight = any(batched for batched, name in zip(is_batched, names) if "m" not in name)
-        if b == 1 and not per_weight:  # one weight for all: more rows
+        if b == 1 and not per_weight and "m" in result:  # one weight for all: more rows
             rows = [
                 s.reshape(1, size * m, s.shape[-1]) if "m" in name else a
                 for s, a, name in zip(spread, arrays, names)
             ]
-            out = call_kernel(run, names, *rows, is_cut=is_cut)
+            out = call_kernel(run, names, *rows, is_cut=is_cut, result=result)
+            out = out.reshape(size, 1, m, -1)
         else:
             folded = (s.reshape(-1, *s.shape[2:]) for s in spread)
-            out = call_kernel(run, names, *folded, is_cut=is_cut)
-        return out.reshape(size, b, m, out.shape[-1]), True
+            out = call_kernel(run, names, *folded, is_cut=is_cut, result=result)
+            out = out.reshape(size, b, *out.shape[1:])
+        return out, True
 
     return mapped(*(operands[i] for i in there))
 
@@ -149,35 +152,40 @@ def _lower_for_tpus(ctx, *arrays, jaxpr):
 mlir.register_lowering(_tpu_p, _lower_for_tpus)
 
 
-def _partitioned(run: Callable[..., jax.Array], names: Sequence[str]) -> Callable[..., jax.Array]:
-    """`run`, which XLA may cut along `b`, `m` and `n`."""
-    call = custom_partitioning(run)
+def _partitioned(
+    run: Callable[..., jax.Array], names: Sequence[str], result: str
+) -> Callable[..., jax.Array]:
+    """`run`, which XLA may cut along the letters of the result that an operand has too."""
+    call, given = custom_partitioning(run), "".join(names)
 
-    def partition(mesh, operands, result):
-        axes = dict(zip(_RESULT, _spec(result.sharding)))
+    def partition(mesh, operands, out):
+        axes = {c: axis for c, axis in zip(result, _spec(out.sharding)) if c in given}
         place = lambda name: NamedSharding(mesh, P(*(axes.get(letter) for letter in name)))
-        return mesh, run, place(_RESULT), tuple(place(name) for name in names)
+        return mesh, run, place(result), tuple(place(name) for name in names)
 
-    def infer(mesh, operands, result):
-        axes = _axes(names, operands)
-        return NamedSharding(mesh, P(*(axes.get(letter) for letter in _RESULT)))
+    def infer(mesh, operands, out):
+        axes = _axes(names, operands, result)
+        return NamedSharding(mesh, P(*(axes.get(letter) for letter in result)))
 
-    whole = dict.fromkeys(c for c in "".join(names) if c not in _RESULT + "1")
+    whole = dict.fromkeys(c for c in given if c not in result + "1")
+    whole |= dict.fromkeys(c for c in result if c not in given)
     words = [" ".join(f"one{i}" if c == "1" else c for c in name) for i, name in enumerate(names)]
     call.def_partition(
         partition,
         infer_sharding_from_operands=infer,
-        sharding_rule=f"{', '.join(words)} -> {' '.join(_RESULT)}",
+        sharding_rule=f"{', '.join(words)} -> {' '.join(result)}",
         need_replication_factors=tuple(whole),
     )
     return call
 
 
-def _mapped(run: Callable[..., jax.Array], names: Sequence[str], mesh: Any) -> Callable[..., Any]:
+def _mapped(
+    run: Callable[..., jax.Array], names: Sequence[str], mesh: Any, result: str
+) -> Callable[..., Any]:
     """The same on a mesh of explicit axes, where the types say how everything is cut."""
 
     def call(*arrays: jax.Array) -> jax.Array:
-        axes = _axes(names, [jax.typeof(a) for a in arrays])
+        axes = _axes(names, [jax.typeof(a) for a in arrays], result)
         place = lambda name: P(*(axes.get(letter) for letter in name))
         cut = [
             jax.sharding.reshard(a, NamedSharding(mesh, place(n))) for a, n in zip(arrays, names)
@@ -186,7 +194,7 @@ def _mapped(run: Callable[..., jax.Array], names: Sequence[str], mesh: Any) -> C
             run,
             mesh=mesh,
             in_specs=tuple(map(place, names)),
-            out_specs=place(_RESULT),
+            out_specs=place(result),
             axis_names={
                 n for n, t in zip(mesh.axis_names, mesh.axis_types) if t == AxisType.Explicit
             },
@@ -201,12 +209,12 @@ def _explicit_mesh(*arrays: Any) -> Any:
     return next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
 
 
-def _axes(names: Sequence[str], arrays: Sequence[Any]) -> dict[str, Any]:
-    """The mesh axes along which `b`, `m` and `n` are cut already; none of them twice."""
+def _axes(names: Sequence[str], arrays: Sequence[Any], result: str) -> dict[str, Any]:
+    """The mesh axes along which letters of the result are cut already; none of them twice."""
     axes: dict[str, Any] = {}
     for name, array in zip(names, arrays):
         for letter, axis in zip(name, _spec(array.sharding)):
-            if letter in _RESULT and axis is not None and axis not in axes.values():
+            if letter in result and axis is not None and axis not in axes.values():
                 axes.setdefault(letter, axis)
     return axes
 

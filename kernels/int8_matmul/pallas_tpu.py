@@ -58,24 +58,28 @@ def int8_matmul(
     x_scale: jax.Array | None = None,
     w_scale: jax.Array | None = None,
     w_zero_point: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    out_scale: jax.Array | None = None,
     *,
     transpose_w: bool = False,
+    activation: str | None = None,
     dtype: Any = jnp.float32,
     chip: str | None = None,
     block: tuple[int, int, int] | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`(x @ (w - w_zero_point)) * x_scale * w_scale`, the product exact in int32.
+    """`act((x @ (w - w_zero_point)) * x_scale * w_scale + bias)`, the product exact in int32.
 
     `x[b, m, k]`, `w[b, k, n]` (`[b, n, k]` with `transpose_w`), `x_scale[b, m, 1]`,
-    `w_scale[b, 1, n]`, `w_zero_point[b, 1, n]`; int32 without scales, else `dtype`.
+    `w_scale[b, 1, n]`, `w_zero_point[b, 1, n]`, `bias[b, 1, n]`; int32 if none of the
+    others is given, else `dtype`. With `out_scale[b, 1, n]` that is divided by it and
+    rounded to int8 codes, -127 to 127.
     """
     b, m, k = x.shape
     n = w.shape[1 if transpose_w else 2]
-    scaled = x_scale is not None or w_scale is not None
-    out = jax.ShapeDtypeStruct(
-        (b, m, n), dtype if scaled else jnp.int32, manual_axis_type=varying(x, w)
-    )
+    real = any(a is not None for a in (x_scale, w_scale, bias, activation, out_scale))
+    kind = jnp.int8 if out_scale is not None else dtype if real else jnp.int32
+    out = jax.ShapeDtypeStruct((b, m, n), kind, manual_axis_type=varying(x, w))
     if 0 in (b, m, n, k):
         return jnp.zeros(out.shape, out.dtype)
     block_m, block_n, block_k = block or blocks(m, n, k, chip)
@@ -103,7 +107,11 @@ def int8_matmul(
     if w_scale is not None:
         operands["w_scale"] = w_scale.astype(jnp.float32)
         specs.append(column)
-    kernel = functools.partial(_kernel, tuple(operands), transpose_w)
+    for name, a in (("bias", bias), ("out_scale", out_scale)):
+        if a is not None:
+            operands[name] = a.astype(jnp.float32)
+            specs.append(column)
+    kernel = functools.partial(_kernel, tuple(operands), transpose_w, activation)
     return pl.pallas_call(
         kernel,
         grid=(b, pl.cdiv(m, block_m), pl.cdiv(n, block_n), pl.cdiv(k, block_k)),
@@ -120,7 +128,7 @@ def int8_matmul(
     )(*operands.values())
 
 
-def _kernel(names, transpose_w, *refs):
+def _kernel(names, transpose_w, activation, *refs):
     *inputs, out, sums = refs
     ref = dict(zip(names, inputs))
     step, steps = pl.program_id(3), pl.num_programs(3)
@@ -147,11 +155,39 @@ def _kernel(names, transpose_w, *refs):
 
         @pl.when(step == steps - 1)
         def _():
-            result = sums[rows, columns]
-            if "zero" in ref:
-                result = result - ref["sums"][rows, :] * ref["zero"][:, columns]
-            if "x_scale" in ref:
-                result = result.astype(jnp.float32) * ref["x_scale"][rows, :]
-            if "w_scale" in ref:
-                result = result.astype(jnp.float32) * ref["w_scale"][:, columns]
-            out[rows, columns] = result.astype(out.dtype)
+            finish = functools.partial(_finish, ref, out, sums, activation, columns)
+            if activation is None or tile_m != _ROWS:
+                finish(rows)
+            else:  # it takes registers: a quarter of the rows at a time
+                pl.loop(0, 4)(lambda j: finish(tile(lax.div(i, tiles_n) * 4 + j, tile_m // 4)))
+
+
+def _finish(ref, out, sums, activation, columns, rows):
+    """What follows the sums, for a tile of them."""
+    result = sums[rows, columns]
+    if "zero" in ref:
+        result = result - ref["sums"][rows, :] * ref["zero"][:, columns]
+    if "x_scale" in ref:
+        result = result.astype(jnp.float32) * ref["x_scale"][rows, :]
+    if "w_scale" in ref:
+        result = result.astype(jnp.float32) * ref["w_scale"][:, columns]
+    if "bias" in ref:
+        result = result.astype(jnp.float32) + ref["bias"][:, columns]
+    if activation:
+        result = _ACTIVATIONS[activation](result.astype(jnp.float32))
+    if "out_scale" in ref:
+        result = result.astype(jnp.float32) / ref["out_scale"][:, columns]
+        result = jnp.clip(jnp.round(result), -127, 127).astype(jnp.int32)
+    out[rows, columns] = result.astype(out.dtype)
+
+
+def _gelu(x):
+    """In its form with tanh, which is a logistic function of twice the argument."""
+    return x * jax.nn.sigmoid(1.5957691216 * (x + 0.044715 * x * x * x))
+
+
+_ACTIVATIONS = {
+    "relu": lambda x: jnp.maximum(x, 0),
+    "gelu": _gelu,
+    "silu": lambda x: x * jax.nn.sigmoid(x),
+}

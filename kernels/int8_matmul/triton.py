@@ -47,23 +47,29 @@ def int8_matmul(
     x_scale: jax.Array | None = None,
     w_scale: jax.Array | None = None,
     w_zero_point: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    out_scale: jax.Array | None = None,
     *,
     transpose_w: bool = False,
+    activation: str | None = None,
     dtype: Any = jnp.float32,
     chip: str | None = None,
     block: Blocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`(x @ (w - w_zero_point)) * x_scale * w_scale`, the product exact in int32.
+    """`act((x @ (w - w_zero_point)) * x_scale * w_scale + bias)`, the product exact in int32.
 
     `x[b, m, k]`, `w[b, k, n]` (`[b, n, k]` with `transpose_w`), `x_scale[b, m, 1]`,
-    `w_scale[b, 1, n]`, `w_zero_point[b, 1, n]`; int32 without scales, else `dtype`.
+    `w_scale[b, 1, n]`, `w_zero_point[b, 1, n]`, `bias[b, 1, n]`; int32 if none of the
+    others is given, else `dtype`. With `out_scale[b, 1, n]` that is divided by it and
+    rounded to int8 codes, -127 to 127.
     `interpret` is a function to call instead of `jax_triton.triton_call`.
     """
     b, m, k = x.shape
     n = w.shape[1 if transpose_w else 2]
-    scaled = x_scale is not None or w_scale is not None
-    out = jax.ShapeDtypeStruct((b, m, n), dtype if scaled else jnp.int32)
+    real = any(a is not None for a in (x_scale, w_scale, bias, activation, out_scale))
+    kind = jnp.int8 if out_scale is not None else dtype if real else jnp.int32
+    out = jax.ShapeDtypeStruct((b, m, n), kind)
     if 0 in (b, m, n, k):
         return jnp.zeros(out.shape, out.dtype)
     tile = block or blocks(m, n, k, chip)
@@ -82,6 +88,8 @@ def int8_matmul(
         one if w_scale is None else w_scale.astype(jnp.float32),
         sums,
         zero,
+        one if bias is None else bias.astype(jnp.float32),
+        one if out_scale is None else out_scale.astype(jnp.float32),
         kernel=_kernel,
         out_shape=out,
         grid=(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), b),
@@ -94,6 +102,9 @@ def int8_matmul(
         HAS_X_SCALE=x_scale is not None,
         HAS_W_SCALE=w_scale is not None,
         HAS_ZERO=w_zero_point is not None,
+        HAS_BIAS=bias is not None,
+        HAS_OUT_SCALE=out_scale is not None,
+        ACTIVATION=activation or "",
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
@@ -108,6 +119,8 @@ def _kernel(
     w_scale,
     sums,
     zero,
+    bias,
+    out_scale,
     out,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -116,6 +129,9 @@ def _kernel(
     HAS_X_SCALE: tl.constexpr,
     HAS_W_SCALE: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_OUT_SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -165,6 +181,21 @@ def _kernel(
         total = total.to(tl.float32) * tl.load(x_scale + row_at, mask=row < M)[:, None]
     if HAS_W_SCALE:
         total = total.to(tl.float32) * tl.load(w_scale + column_at, mask=column < N)[None, :]
+    if HAS_BIAS:
+        total = total.to(tl.float32) + tl.load(bias + column_at, mask=column < N)[None, :]
+    if ACTIVATION == "relu":
+        total = tl.maximum(total.to(tl.float32), 0.0)
+    if ACTIVATION == "gelu":  # with tanh, a logistic function of twice the argument
+        total = total.to(tl.float32)
+        total *= tl.sigmoid(1.5957691216 * (total + 0.044715 * total * total * total))
+    if ACTIVATION == "silu":
+        total = total.to(tl.float32)
+        total *= tl.sigmoid(total)
+    if HAS_OUT_SCALE:
+        scales = tl.load(out_scale + column_at, mask=column < N, other=1.0)
+        total = tl.minimum(tl.maximum(total.to(tl.float32) / scales[None, :], -127.0), 127.0)
+        # To the nearest, ties to even: this constant leaves no bits for a fraction.
+        total = ((total + 12582912.0) - 12582912.0).to(tl.int32)
     inside = (row[:, None] < M) & (column[None, :] < N)
     out_at = out + row_at[:, None] * N + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)

@@ -1,5 +1,6 @@
 """`NMSparseArray` and `BlockSparseArray`: what is stored, read by its documentation alone."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,7 +139,8 @@ def test_block_bytes_are_the_fullest_columns():
     pattern = jc.prune.block(16, 16)
     w = jnp.asarray(random(64, 64))
     array = jc.prune.pack({"w": w}, {"w": jnp.asarray(mask)}, pattern=pattern)["w"]
-    assert array.nbytes == 4 * 2 * (16 * 16 * 4 + 4)
+    assert array.nbytes == 4 * 2 * (16 * 16 * 4 + 4) + 4 * 4  # blocks, rows, and counts
+    np.testing.assert_array_equal(array.counts, [2, 0, 1, 0])
     np.testing.assert_array_equal(array.materialise(), np.where(mask, w, 0))
 
 
@@ -172,6 +174,21 @@ def test_products_gather_blocks(name):
     size = np.einsum(equation, *(abs(a.astype(np.float64)) for a in exact_args))
     assert_sums(got, want, size, x_shape[-1])
     assert [row.op for row in rows] == ["block_sparse_matmul"], f"\n{rows}"
+
+
+def test_what_is_left_over_stays_zero_in_training():
+    mask = np.zeros((64, 64), bool)
+    mask[:32, :16], mask[48:, 32:48] = True, True
+    w, x = jnp.asarray(random(64, 64)), random(6, 64, seed=1)
+    pattern = jc.prune.block(16, 16)
+    array = jc.prune.pack({"w": w}, {"w": jnp.asarray(mask)}, pattern=pattern)["w"]
+    loss = lambda p: jnp.sum(jc.accelerate(lambda p, x: x @ p)(p, x) ** 2)
+    values = jax.grad(lambda v: loss(eqx.tree_at(lambda a: a.values, array, v)))(array.values)
+    dense = jax.grad(lambda w: jnp.sum((x @ w) ** 2))(jnp.where(mask, w, 0))
+    got = block_dense(eqx.tree_at(lambda a: a.values, array, values))
+    # Two float32 programs of the same sums of 64 terms below 100.
+    np.testing.assert_allclose(got, np.where(mask, dense, 0), rtol=1e-4, atol=1e-3)
+    assert not np.asarray(values)[1].any()
 
 
 def test_a_weight_that_is_stored_output_first_is_gathered_too():

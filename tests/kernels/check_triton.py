@@ -6,11 +6,17 @@ Not part of the tests proper, which need no Triton: `tests/kernels/run.py` runs 
 import numpy as np
 import pytest
 
+from block_sparse_matmul_suite import BlockSparseMatmulSuite
+from block_sparse_matmul_suite import problem as block_problem
 from int8_matmul_suite import Int8MatmulSuite
+from jaxcompress.kernels.block_sparse_matmul import triton as block_kernel
 from jaxcompress.kernels.int8_matmul import triton as int8_kernel
+from jaxcompress.kernels.nm_matmul import triton as nm_kernel
 from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
 from jaxcompress.kernels.w4a8_matmul import triton as w4a8_kernel
 from jaxcompress.ops._kernels import CHIPS
+from nm_matmul_suite import NMMatmulSuite
+from nm_matmul_suite import problem as nm_problem
 from quantized_matmul_suite import QuantizedMatmulSuite, problem
 from triton_on_numpy import count_loads, triton_call
 from w4a8_matmul_suite import W4A8MatmulSuite
@@ -48,6 +54,19 @@ class TestW4A8Matmul(W4A8MatmulSuite):
         return None  # by the table: which steps it may take depends on the groups
 
 
+class TestBlockSparseMatmul(BlockSparseMatmulSuite):
+    def product(self, *arrays, **options):
+        return interpreted(block_kernel.block_sparse_matmul, arrays, options)
+
+    def sampled(self, *arrays, **options):
+        return interpreted(block_kernel.sampled_matmul, arrays, options)
+
+
+class TestNMMatmul(NMMatmulSuite):
+    def run(self, *arrays, **options):
+        return interpreted(nm_kernel.nm_matmul, arrays, options)
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_few_rows_load_each_byte_of_the_weight_once(bits):
     """What the roofline assumes. The 1-bit plane of 3 bits is loaded again for each part of
@@ -68,7 +87,26 @@ def test_few_rows_load_each_byte_of_an_int4_weight_once_for_int8_activations():
     assert np.all(count_loads(run, 1) == 1)
 
 
-@pytest.mark.parametrize("kernel", [int8_kernel, quantized_kernel, w4a8_kernel])
+def test_few_rows_load_each_kept_block_once():
+    arrays, options = block_problem(16, 256, 128, block=(32, 64), dtype="bfloat16", weights="int8")
+    run = lambda: block_kernel.block_sparse_matmul(*arrays, **options, interpret=triton_call)
+    loads = count_loads(run, 1).reshape(-1, 32 * 64)
+    lines, _, places = (a[0, 0] for a in arrays[2:])
+    assert np.all(loads[places[lines < options["count"]]] == 1)
+    assert np.all(loads[places[lines == options["count"]]] == 0)
+
+
+def test_few_rows_load_each_kept_value_once_and_a_byte_of_places_for_each_place():
+    arrays, *_ = nm_problem(16, 64, 128, weights="int8", dtype="bfloat16")
+    run = lambda: nm_kernel.nm_matmul(*arrays, pattern=(2, 4), interpret=triton_call)
+    assert np.all(count_loads(run, 1) == 1)
+    assert np.all(count_loads(run, 2) == 4)
+
+
+KERNELS = [block_kernel, int8_kernel, nm_kernel, quantized_kernel, w4a8_kernel]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_the_tables_have_the_chips_that_are_proven(kernel):
     assert set(kernel.BLOCKS) == {*CHIPS["cuda"], *CHIPS["rocm"]}
 

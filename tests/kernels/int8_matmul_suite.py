@@ -16,6 +16,15 @@ def int8(*shape, seed=0):
     return np.random.default_rng(seed).integers(-128, 128, shape).astype(np.int8)
 
 
+def activated(x, name):
+    """In float64, by the definitions."""
+    if name == "relu":
+        return np.maximum(x, 0)
+    if name == "gelu":
+        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return x if name is None else x / (1 + np.exp(-x))
+
+
 def exact(x, w, transpose_w, zero=None):
     w = np.asarray(w, np.int64)
     w = np.swapaxes(w, -1, -2) if transpose_w else w
@@ -96,3 +105,27 @@ class Int8MatmulSuite:
         bound = (3 * EPS["float32"] + EPS[name]) * np.abs(want)
         bound += 2.0**-25 if name == "float16" else 0
         assert np.all(np.abs(np.asarray(got, np.float64) - want) <= bound)
+
+    @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
+    @pytest.mark.parametrize("codes", [False, True])
+    def test_what_follows_the_product(self, activation, codes):
+        b, m, k, n = 2, 65, 129, 63
+        rng = np.random.default_rng(0)
+        x, w = int8(b, m, k), int8(b, k, n, seed=1)
+        scales = [rng.uniform(3e-3, 1e-2, s).astype(np.float32) for s in ((b, m, 1), (b, 1, n))]
+        bias = rng.normal(size=(b, 1, n)).astype(np.float32)
+        out_scale = rng.uniform(0.01, 0.1, (b, 1, n)).astype(np.float32) if codes else None
+        operands = (x, w, *scales, None, bias, out_scale)
+        got = self.run(*operands, activation=activation, block=self.block(m, n, k))
+        sums = exact(x, w, False) * scales[0].astype(np.float64) * scales[1].astype(np.float64)
+        want = activated(sums + bias, activation)
+        # Roundings of the sum before it meets the bias, then one of each step that follows;
+        # an activation's slope is below 1.2, and exp is good to a few units.
+        error = 16 * EPS["float32"] * (np.abs(sums) + np.abs(bias) + 1)
+        if not codes:
+            assert np.all(np.abs(got.astype(np.float64) - want) <= error)
+            return
+        assert got.dtype == np.int8
+        real = np.clip(want / out_scale, -127, 127)
+        assert np.all(np.abs(got - real) <= 0.5 + error / out_scale)
+        assert np.abs(got.astype(int)).max() == 127

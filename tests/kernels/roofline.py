@@ -10,6 +10,8 @@ import math
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax._src.state.discharge import discharge_state
 
 # Published: int8 and bfloat16 products (two operations each) in 10^12 a second, and bytes
 # from memory in 10^9 a second; the second-level cache of GPUs in 10^6 bytes. For TPU7x no
@@ -37,8 +39,11 @@ class Roofline(NamedTuple):
         return self.operations / self.moved
 
 
-def of_pallas(fn, args, operations, chip, kind):
-    """The roofline of the one `pallas_call` in `fn(*args)`."""
+def of_pallas(fn, args, operations, chip, kind, known=()):
+    """The roofline of the one `pallas_call` in `fn(*args)`.
+
+    `known` are the numbers that its blocks are chosen by, if there are such.
+    """
     jaxpr = jax.make_jaxpr(fn)(*args)
     [mapping] = _grid_mappings(jaxpr.jaxpr)
     moved = least = 0
@@ -47,15 +52,24 @@ def of_pallas(fn, args, operations, chip, kind):
         itemsize = aval.dtype.itemsize
         least += math.prod(aval.shape) * itemsize
         last = None
-        for point in _points(mapping.grid):
-            index = jax.core.eval_jaxpr(
-                block.index_map_jaxpr.jaxpr, block.index_map_jaxpr.consts, *point
-            )
-            index = tuple(map(int, index))
+        for index in _indices(block.index_map_jaxpr, mapping.grid, len(block.block_shape), known):
             if index != last:
                 moved += itemsize * _elements(block.block_shape, index, aval.shape)
             last = index
     return Roofline(moved, least, operations, _ridge(chip, kind))
+
+
+def _indices(index_map, grid, dimensions, known):
+    """Which block of an operand each point of the grid has."""
+    pure = discharge_state(index_map)  # the numbers that it reads are arguments
+
+    def place(*point):
+        return jax.core.eval_jaxpr(pure.jaxpr, pure.consts, *point, *known)[:dimensions]
+
+    points = np.array(list(_points(grid)), np.int32)
+    found = jax.jit(jax.vmap(place))(*points.T)
+    whole = [np.broadcast_to(i, len(points)).tolist() for i in found]
+    return zip(*whole)
 
 
 def of_triton(operands, out, operations, chip, kind):

@@ -13,11 +13,15 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from block_sparse_matmul_suite import BlockSparseMatmulSuite
 from int8_matmul_suite import Int8MatmulSuite
+from jaxcompress.kernels.block_sparse_matmul import pallas_tpu as block_kernel
 from jaxcompress.kernels.int8_matmul import pallas_tpu as int8_kernel
+from jaxcompress.kernels.nm_matmul import pallas_tpu as nm_kernel
 from jaxcompress.kernels.quantized_matmul import pallas_tpu as quantized_kernel
 from jaxcompress.kernels.w4a8_matmul import pallas_tpu as w4a8_kernel
 from jaxcompress.ops._kernels import CHIPS
+from nm_matmul_suite import NMMatmulSuite
 from quantized_matmul_suite import QuantizedMatmulSuite
 from w4a8_matmul_suite import W4A8MatmulSuite
 
@@ -67,7 +71,34 @@ class TestW4A8Matmul(W4A8MatmulSuite):
         return (min(m, 64) if m < 1000 else 512), min(n, 128), (256 if k < 2000 else 32_768)
 
 
-@pytest.mark.parametrize("kernel", [int8_kernel, quantized_kernel, w4a8_kernel])
+class TestBlockSparseMatmul(BlockSparseMatmulSuite):
+    dtypes = ("float32", "bfloat16")
+    sides = (128, 256)
+
+    def product(self, *arrays, **options):
+        return interpreted(block_kernel.block_sparse_matmul, arrays, options)
+
+    def sampled(self, *arrays, **options):
+        return interpreted(block_kernel.sampled_matmul, arrays, options)
+
+    def block(self, m):
+        return min(m, 64) if m < 1000 else 512
+
+
+class TestNMMatmul(NMMatmulSuite):
+    dtypes = ("float32", "bfloat16", "int8")
+
+    def run(self, *arrays, **options):
+        return interpreted(nm_kernel.nm_matmul, arrays, options)
+
+    def block(self, m, n):
+        return (min(m, 64) if m < 1000 else 512), min(n, 128), 256
+
+
+KERNELS = [block_kernel, int8_kernel, nm_kernel, quantized_kernel, w4a8_kernel]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_the_tables_have_the_chips_that_are_proven(kernel):
     assert set(kernel.BLOCKS) == set(CHIPS["tpu"])
 

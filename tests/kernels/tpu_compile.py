@@ -27,13 +27,16 @@ os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_ll
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
 from expected import Report
+from jaxcompress.kernels.block_sparse_matmul import pallas_tpu as block_kernel
 from jaxcompress.kernels.int8_matmul import pallas_tpu as int8_kernel
+from jaxcompress.kernels.nm_matmul import pallas_tpu as nm_kernel
 from jaxcompress.kernels.quantized_matmul import pallas_tpu as quantized_kernel
 from jaxcompress.kernels.w4a8_matmul import pallas_tpu as w4a8_kernel
 from roofline import of_pallas
@@ -42,7 +45,7 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 Shape = jax.ShapeDtypeStruct
 
 
-def int8_case(m, k, n, *, transpose_w=False, zero=False, dtype="bfloat16"):
+def int8_case(m, k, n, *, transpose_w=False, zero=False, codes=False, dtype="bfloat16"):
     """The arguments and options of `int8_matmul` with both scales."""
     args = [
         Shape((1, m, k), jnp.int8),
@@ -51,7 +54,10 @@ def int8_case(m, k, n, *, transpose_w=False, zero=False, dtype="bfloat16"):
         Shape((1, 1, n), jnp.float32),
     ]
     args += [Shape((1, 1, n), jnp.int8)] if zero else []
-    return args, dict(transpose_w=transpose_w, dtype=dtype)
+    if codes:  # with a bias, an activation, and rounded to int8
+        args += [None, *[Shape((1, 1, n), jnp.float32)] * 2]
+    activation = "gelu" if codes else None
+    return args, dict(transpose_w=transpose_w, activation=activation, dtype=dtype)
 
 
 def quantized_case(m, k, n, bits, group=None, *, transpose_w=False, zero=False, dtype="bfloat16"):
@@ -80,12 +86,49 @@ def w4a8_case(m, k, n, group=None, *, zero=False):
     return args, dict(group_size=group, dtype="bfloat16")
 
 
+def block_case(m, k, n, block, *, weights=None, turned=False, dtype="bfloat16"):
+    """The arguments and options of `block_sparse_matmul`, with a quarter of the blocks."""
+    (height, width), lists = block, Shape((1, 1, entries(k, n, block)), jnp.int32)
+    args = [
+        Shape((1, m, n if turned else k), dtype),
+        Shape((1, lists.shape[2] * height, width), weights or dtype),
+        *[lists] * 3,
+    ]
+    count = -(-k // height) if turned else -(-n // width)
+    return args, dict(height=height, count=count, transpose_w=turned, dtype=dtype)
+
+
+def sampled_case(m, k, n, block, dtype="bfloat16"):
+    """The arguments and options of `sampled_matmul` of the same."""
+    lists = Shape((1, 1, entries(k, n, block)), jnp.int32)
+    args = [Shape((1, m, k), dtype), Shape((1, m, n), dtype), lists, lists]
+    return args, dict(height=block[0], width=block[1])
+
+
+def entries(k, n, block):
+    """A quarter of the blocks."""
+    return -(-k // block[0]) * -(-n // block[1]) // 4
+
+
+def nm_case(m, k, n, pattern=(2, 4), *, weights=None, dtype="bfloat16"):
+    """The arguments and options of `nm_matmul`."""
+    kept = k // pattern[1] * pattern[0]
+    bytes_down = -(-kept // 64) * 8 * max(1, (pattern[1] - 1).bit_length())
+    args = [
+        Shape((1, m, k), dtype),
+        Shape((1, kept, n), weights or dtype),
+        Shape((1, bytes_down, n), jnp.uint8),
+    ]
+    return args, dict(pattern=pattern, dtype="float32" if dtype == "int8" else dtype)
+
+
 INT8 = {
     "4096 x 4096 x 4096": int8_case(4096, 4096, 4096),
     "1024 x 1000 x 1024, w[n, k], zero points": int8_case(
         1024, 1000, 1024, transpose_w=True, zero=True, dtype="float32"
     ),
     "129 x 5000 x 1000": int8_case(129, 5000, 1000),
+    "1024 x 4096 x 4096, bias, gelu, int8": int8_case(1024, 4096, 4096, codes=True),
     "1 x 65 x 127": int8_case(1, 65, 127, dtype="float32"),
 }
 QUANTIZED = {
@@ -104,8 +147,27 @@ W4A8 = {
     "1 x 11008 x 4096": w4a8_case(1, 11008, 4096),
     "by 256, zero points, 129 x 5000 x 1000": w4a8_case(129, 5000, 1000, 256, zero=True),
 }
+BLOCKS = {
+    "128x128, 4096 x 4096 x 4096": block_case(4096, 4096, 4096, (128, 128)),
+    "128x128, int8, 16 x 4096 x 4096": block_case(16, 4096, 4096, (128, 128), weights="int8"),
+    "512x512, turned, 4096 x 4096 x 4096": block_case(4096, 4096, 4096, (512, 512), turned=True),
+    "128x384, float32, 127 x 1000 x 1500": block_case(127, 1000, 1500, (128, 384), dtype="float32"),
+}
+SAMPLED = {
+    "128x128, 4096 x 4096 x 4096": sampled_case(4096, 4096, 4096, (128, 128)),
+    "384x256, float32, 1000 x 1000 x 1000": sampled_case(1000, 1000, 1000, (384, 256), "float32"),
+}
+NM = {
+    "2:4, 16 x 4096 x 4096": nm_case(16, 4096, 4096),
+    "2:4, int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, weights="int8"),
+    "2:4, int8 x int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, dtype="int8"),
+    "4:8, float32, 129 x 5000 x 1000": nm_case(129, 5000, 1000, (4, 8), dtype="float32"),
+}
 KERNELS = {
+    "block_sparse_matmul": (block_kernel.block_sparse_matmul, BLOCKS),
+    "sampled_matmul": (block_kernel.sampled_matmul, SAMPLED),
     "int8_matmul": (int8_kernel.int8_matmul, INT8),
+    "nm_matmul": (nm_kernel.nm_matmul, NM),
     "quantized_matmul": (quantized_kernel.quantized_matmul, QUANTIZED),
     "w4a8_matmul": (w4a8_kernel.w4a8_matmul, W4A8),
 }
@@ -127,7 +189,8 @@ REFUSED = {
 def compiled(kernel, args, options, device):
     """The files that the compiler dumped on its way."""
     sharding = SingleDeviceSharding(device)
-    placed = [Shape(a.shape, a.dtype, sharding=sharding) for a in args]
+    place = lambda a: Shape(a.shape, a.dtype, sharding=sharding)
+    placed = jax.tree.map(place, args)
     before = set(Path(DUMP.name).iterdir())
     jax.jit(functools.partial(kernel, chip=device.device_kind, **options)).lower(*placed).compile()
     return sorted(set(Path(DUMP.name).iterdir()) - before)
@@ -186,6 +249,7 @@ def check_rooflines(report, chip, device):
     report.check("int8_matmul", "pallas_tpu", chip, "roofline, 4096 x 4096 x 4096", facts, wrong)
     few = [("quantized_matmul", case, "bfloat16") for case in list(QUANTIZED)[:4]]
     few.append(("w4a8_matmul", "by 128, 16 x 4096 x 4096", "int8"))
+    few.append(("nm_matmul", "2:4, 16 x 4096 x 4096", "bfloat16"))
     for op, case, kind in few:
         kernel, cases = KERNELS[op]
         args, options = cases[case]
@@ -195,6 +259,23 @@ def check_rooflines(report, chip, device):
         wrong = None if line.moved <= 1.05 * line.least else f"more bytes than needed: {line}"
         facts = {"bytes": line.moved, "at least": line.least}
         report.check(op, "pallas_tpu", chip, f"roofline, {case}", facts, wrong)
+
+
+def check_blocks(report, chip, device):
+    """Uneven columns: every fourth block is kept, in columns of which one has half of them."""
+    args, options = BLOCKS["128x128, int8, 16 x 4096 x 4096"]
+    e, count = args[2].shape[2], options["count"]
+    lines = np.sort(np.where(np.arange(e) % 2, 5, np.arange(e) % count)).astype(np.int32)
+    lists = [a.reshape(1, 1, e) for a in (lines, np.arange(e, dtype=np.int32) % 32)]
+    lists.append(np.arange(e, dtype=np.int32).reshape(1, 1, e))
+    known = [np.asarray(a).reshape(-1) for a in block_kernel.steps(*lists, count)]
+    run = functools.partial(block_kernel.block_sparse_matmul, chip=device.device_kind, **options)
+    line = of_pallas(run, args, 2 * 16 * e * 128 * 128, chip, "bfloat16", known)
+    wrong = None if line.moved <= 1.05 * line.least else f"more bytes than needed: {line}"
+    facts = {"bytes": line.moved, "at least": line.least}
+    report.check(
+        "block_sparse_matmul", "pallas_tpu", chip, "roofline, 16 rows, uneven", facts, wrong
+    )
 
 
 def check_memory(report, chip, device):
@@ -237,7 +318,7 @@ def main():
     report = Report("expected_tpu.json", versions)
     for chip, topology in TOPOLOGIES.items():
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        for check in (check_compiles, check_refusals, check_rooflines, check_memory):
+        for check in (check_compiles, check_refusals, check_rooflines, check_blocks, check_memory):
             check(report, chip, described.devices[0])
     check_sharded(report)
     report.finish()

@@ -26,7 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expected import Report
+from jaxcompress.kernels.block_sparse_matmul import triton as block_kernel
 from jaxcompress.kernels.int8_matmul import triton as int8_kernel
+from jaxcompress.kernels.nm_matmul import triton as nm_kernel
 from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
 from jaxcompress.kernels.w4a8_matmul import triton as w4a8_kernel
 from jaxcompress.ops._kernels import call_kernel
@@ -56,7 +58,7 @@ SHARED = {
 Shape = jax.ShapeDtypeStruct
 
 
-def int8_case(m, k, n, *, transpose_w=False, zero=False):
+def int8_case(m, k, n, *, transpose_w=False, zero=False, codes=False):
     """The arguments and options of `int8_matmul` with both scales."""
     args = [
         Shape((1, m, k), jnp.int8),
@@ -65,7 +67,10 @@ def int8_case(m, k, n, *, transpose_w=False, zero=False):
         Shape((1, 1, n), jnp.float32),
     ]
     args += [Shape((1, 1, n), jnp.int8)] if zero else []
-    return args, dict(transpose_w=transpose_w, dtype="bfloat16")
+    if codes:  # with a bias, an activation, and rounded to int8
+        args += [None, *[Shape((1, 1, n), jnp.float32)] * 2]
+    activation = "gelu" if codes else None
+    return args, dict(transpose_w=transpose_w, activation=activation, dtype="bfloat16")
 
 
 def quantized_case(m, k, n, bits, group=None, *, zero=False, dtype="bfloat16"):
@@ -94,9 +99,46 @@ def w4a8_case(m, k, n, group=None, *, zero=False):
     return args, dict(group_size=group, dtype="bfloat16")
 
 
+def block_case(m, k, n, block, *, weights=None, turned=False, dtype="bfloat16"):
+    """The arguments and options of `block_sparse_matmul`, with a quarter of the blocks."""
+    (height, width), lists = block, Shape((1, 1, entries(k, n, block)), jnp.int32)
+    args = [
+        Shape((1, m, n if turned else k), dtype),
+        Shape((1, lists.shape[2] * height, width), weights or dtype),
+        *[lists] * 3,
+    ]
+    count = -(-k // height) if turned else -(-n // width)
+    return args, dict(height=height, count=count, transpose_w=turned, dtype=dtype)
+
+
+def sampled_case(m, k, n, block, dtype="bfloat16"):
+    """The arguments and options of `sampled_matmul` of the same."""
+    lists = Shape((1, 1, entries(k, n, block)), jnp.int32)
+    args = [Shape((1, m, k), dtype), Shape((1, m, n), dtype), lists, lists]
+    return args, dict(height=block[0], width=block[1])
+
+
+def entries(k, n, block):
+    """A quarter of the blocks."""
+    return -(-k // block[0]) * -(-n // block[1]) // 4
+
+
+def nm_case(m, k, n, pattern=(2, 4), *, weights=None, dtype="bfloat16"):
+    """The arguments and options of `nm_matmul`."""
+    kept = k // pattern[1] * pattern[0]
+    bytes_down = -(-kept // 64) * 8 * max(1, (pattern[1] - 1).bit_length())
+    args = [
+        Shape((1, m, k), dtype),
+        Shape((1, kept, n), weights or dtype),
+        Shape((1, bytes_down, n), jnp.uint8),
+    ]
+    return args, dict(pattern=pattern, dtype="float32" if dtype == "int8" else dtype)
+
+
 INT8 = {
     "4096 x 4096 x 4096": int8_case(4096, 4096, 4096),
     "4096 x 4096 x 4096, w[n, k]": int8_case(4096, 4096, 4096, transpose_w=True),
+    "1024 x 4096 x 4096, bias, gelu, int8": int8_case(1024, 4096, 4096, codes=True),
     "129 x 1000 x 1000, zero points": int8_case(129, 1000, 1000, zero=True),
 }
 QUANTIZED = {
@@ -114,11 +156,32 @@ W4A8 = {
     "by 128, 1024 x 4096 x 4096": w4a8_case(1024, 4096, 4096, 128),
     "by 32, zero points, 129 x 5000 x 1000": w4a8_case(129, 5000, 1000, 32, zero=True),
 }
+BLOCKS = {
+    "128x128, 4096 x 4096 x 4096": block_case(4096, 4096, 4096, (128, 128)),
+    "32x32, int8, 16 x 4096 x 4096": block_case(16, 4096, 4096, (32, 32), weights="int8"),
+    "64x64, turned, 4096 x 4096 x 4096": block_case(4096, 4096, 4096, (64, 64), turned=True),
+    "48x16, float16, 129 x 1000 x 1000": block_case(129, 1000, 1000, (48, 16), dtype="float16"),
+}
+SAMPLED = {
+    "128x128, 4096 x 4096 x 4096": sampled_case(4096, 4096, 4096, (128, 128)),
+    "48x16, float16, 129 x 1000 x 1000": sampled_case(129, 1000, 1000, (48, 16), "float16"),
+}
+NM = {
+    "2:4, 16 x 4096 x 4096": nm_case(16, 4096, 4096),
+    "2:4, int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, weights="int8"),
+    "2:4, int8 x int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, dtype="int8"),
+    "4:8, float16, 129 x 5000 x 1000": nm_case(129, 5000, 1000, (4, 8), dtype="float16"),
+}
 KERNELS = {
+    "block_sparse_matmul": (block_kernel.block_sparse_matmul, BLOCKS),
+    "sampled_matmul": (block_kernel.sampled_matmul, SAMPLED),
     "int8_matmul": (int8_kernel.int8_matmul, INT8),
+    "nm_matmul": (nm_kernel.nm_matmul, NM),
     "quantized_matmul": (quantized_kernel.quantized_matmul, QUANTIZED),
     "w4a8_matmul": (w4a8_kernel.w4a8_matmul, W4A8),
 }
+
+INTEGER = ("int8_matmul", "w4a8_matmul")
 
 
 def compiled(kernel, args, options, chip, block=None):
@@ -177,7 +240,7 @@ def facts_of(binary, warps, chip):
 
 
 def verdict(op, facts, chip):
-    integer = ("IMMA", "IGMMA", "UTCIMMA", "v_mfma_i32") if op != "quantized_matmul" else ("",)
+    integer = ("IMMA", "IGMMA", "UTCIMMA", "v_mfma_i32") if op in INTEGER else ("",)
     if not any(name.startswith(integer) for name in facts["matmul"]):
         return f"no tensor-core instruction: {facts}"
     if facts["spills"]:
@@ -213,6 +276,16 @@ def check_launches(report, chip):
     run = functools.partial(w4a8_kernel.w4a8_matmul, chip=chip, **options)
     wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
     report.check("w4a8_matmul", "triton", chip, "called by jax_triton", wrong=wrong)
+
+    args, options = nm_case(16, 512, 256)
+    run = functools.partial(nm_kernel.nm_matmul, chip=chip, **options)
+    wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
+    report.check("nm_matmul", "triton", chip, "called by jax_triton", wrong=wrong)
+
+    args, options = block_case(16, 512, 256, (32, 32))
+    run = functools.partial(block_kernel.block_sparse_matmul, chip=chip, **options)
+    wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
+    report.check("block_sparse_matmul", "triton", chip, "called by jax_triton", wrong=wrong)
 
     args, options = quantized_case(16, 512, 256, 4, 64)
     run = functools.partial(quantized_kernel.quantized_matmul, chip=chip, **options)

@@ -193,3 +193,50 @@ SCALE = np.ones((1, 4), np.float32)
 def test_what_it_cannot_do_is_said(error, message, args, options):
     with pytest.raises(error, match=message):
         int8_matmul(*args, **options)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
+def test_a_bias_an_activation_and_codes_for_the_next_product(activation):
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-128, 128, s).astype(np.int8) for s in ((2, 3, 40), (40, 5)))
+    scale, bias = np.full((1, 5), 1e-4, np.float32), rng.normal(size=(1, 5)).astype(np.float32)
+    run = lambda scale, bias, **options: jc.ops.int8_matmul(
+        x, w, w_scale=scale, bias=bias, activation=activation, **options
+    )
+    sums = x.astype(np.float64) @ w.astype(np.float64)
+    before = sums * scale + bias
+    slope = {
+        None: lambda v: np.ones_like(v),
+        "relu": lambda v: (v > 0).astype(float),
+        "gelu": lambda v: (gelu(v + 1e-6) - gelu(v - 1e-6)) / 2e-6,
+        "silu": lambda v: (silu(v + 1e-6) - silu(v - 1e-6)) / 2e-6,
+    }
+    follows = {None: lambda v: v, "relu": lambda v: np.maximum(v, 0), "gelu": gelu, "silu": silu}
+    want = follows[activation](before)
+    y, back = jax.vjp(run, scale, bias)
+    # A few roundings of numbers below 100, and exp.
+    np.testing.assert_allclose(y, want, atol=2e-5, rtol=1e-5)
+    dscale, dbias = back(jnp.ones_like(y))
+    d = slope[activation](before)
+    np.testing.assert_allclose(dbias, d.sum((0, 1))[None], atol=1e-4)
+    np.testing.assert_allclose(dscale, (d * sums).sum((0, 1))[None], rtol=1e-4)
+    codes = run(scale, bias, out_scale=np.full((1, 1), 0.02, np.float32))
+    assert codes.dtype == jnp.int8
+    assert np.all(np.abs(codes - np.clip(want / 0.02, -127, 127)) <= 0.5 + 1e-2)
+    assert np.abs(np.asarray(codes, int)).max() == 127
+
+
+def gelu(v):
+    return v / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))
+
+
+def silu(v):
+    return v / (1 + np.exp(-v))
+
+
+def test_an_activation_that_there_is_not_and_a_bias_of_another_shape():
+    x = np.ones((2, 4), np.int8)
+    with pytest.raises(ValueError, match="'relu', 'gelu', 'silu', or None; got 'tanh'"):
+        jc.ops.int8_matmul(x, x.T, activation="tanh")
+    with pytest.raises(ValueError, match=r"expected bias of the shape \(1, 2\).*got \(2,\)"):
+        jc.ops.int8_matmul(x, x.T, bias=np.ones(2, np.float32))

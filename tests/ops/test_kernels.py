@@ -214,6 +214,26 @@ def test_rows_and_columns_stay_where_they_are(x_spec, w_spec, kind, gathers):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_what_only_the_result_has_is_not_cut(kind):
+    """A result of other letters, p and q, of which no operand has the second."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    kernel = lambda x, w: jnp.einsum("bmk,bpk->bpm", x, w)[..., :6]
+    place = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+    x, w = random(8, 16), random(12, 16, seed=1)
+
+    def run(x, w):
+        out = call_kernel(kernel, ("bmk", "bpk"), x[None], w[None], result="bpq")[0]
+        if kind is AxisType.Auto:  # the compiler may want the columns cut
+            out = jax.lax.with_sharding_constraint(out, NamedSharding(mesh, P("x", "y")))
+        return out
+
+    got = jax.jit(run)(place(x, "x", None), place(w, "y", None))
+    np.testing.assert_allclose(got, (w @ x.T)[:, :6], rtol=1e-5, atol=1e-5)
+    mapped = jax.vmap(lambda x: call_kernel(kernel, ("bmk", "bpk"), x[None], w[None], result="bpq"))
+    np.testing.assert_allclose(mapped(x[None])[0, 0], (w @ x.T)[:, :6], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("n_axis", [None, "y"])
 def test_a_program_with_kernels_for_other_platforms_shards_here(kind, n_axis):
     """Large enough that the program has a branch for TPUs; the types of both agree."""

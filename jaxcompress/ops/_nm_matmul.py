@@ -1,0 +1,197 @@
+"""`nm_matmul`: the product with a weight that keeps `n` of every `m` neighbours."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxcompress.arrays._nm import fill, index_bits
+from jaxcompress.arrays._packing import packed_size
+from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
+from jaxcompress.ops._int8_matmul import check_sums, integer_dot, matmul_shape
+from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton, not_cut
+from jaxcompress.ops._quantized_matmul import float_dot
+
+__all__ = ["nm_matmul", "plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    n: int
+    m: int
+    weights: str
+    dtype: str
+    implementation: str | None
+
+
+def nm_matmul(
+    x: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    *,
+    n: int,
+    m: int,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies by a matrix of which each column keeps `n` of every `m` neighbours.
+
+    `y[:, c] = sum_g sum_(i < n) x[:, m g + places[n g + i, c]] values[n g + i, c]`
+
+    Args:
+      x: `[..., rows, k]`, floats, or int8 where `values` are int8; `m` divides `k`.
+      values: floats or int8 codes `[k / m * n, columns]`, or with the leading dimensions
+        of `x`: the kept values, group by group.
+      indices: uint8, the places in their groups, in bit planes of `ceil(log2 m)` bits
+        along the rows, as `NMSparseArray` stores them. Within a group they differ.
+      n: how many are kept.
+      m: of how many.
+      dtype: of the result where `x` is of floats; None for float32, or that of `x` where it
+        is wider.
+      implementation: "pallas_tpu" or "triton" (zeros put back in fast memory), "reference"
+        (zeros put back in memory), or None for the first that serves the shape on the
+        platform.
+
+    Returns:
+      `[..., rows, columns]`, summed in float32; exact int32 where `x` is int8.
+      Differentiable in `x`, and in `values` if they are floats.
+
+    Raises:
+      TypeError: an operand has a dtype that is not named above.
+      ValueError: shapes do not match, or the implementation cannot run, with the reason.
+
+    >>> import jax.numpy as jnp, jaxcompress as jc
+    >>> w = jnp.arange(1.0, 257.0).reshape(64, 4)
+    >>> half = jc.prune.nm(2, 4, axis=-2)
+    >>> packed = jc.prune.pack({"w": w}, jc.prune.mask({"w": w}, half, 1.0), pattern=half)["w"]
+    >>> y = jc.ops.nm_matmul(jnp.ones((1, 64)), packed.values, packed.indices, n=2, m=4)
+    >>> y.shape, float(y[0, 0])
+    ((1, 4), 4192.0)
+
+    Mishra et al., 2021, Accelerating Sparse Deep Neural Networks, arXiv:2104.08378.
+    """
+    integers = x.dtype == jnp.int8
+    if not integers and not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"nm_matmul takes floats or int8; x is {x.dtype}")
+    if values.dtype != jnp.int8 and (integers or not jnp.issubdtype(values.dtype, jnp.floating)):
+        kinds = "int8 values for int8 activations" if integers else "float or int8 values"
+        raise TypeError(f"nm_matmul takes {kinds}; values is {values.dtype}")
+    if indices.dtype != jnp.uint8:
+        raise TypeError(f"nm_matmul takes packed indices of uint8; indices is {indices.dtype}")
+    if not 0 < n <= m:
+        raise ValueError(f"expected to keep n of m, 0 < n <= m; got {n} of {m}")
+    if x.ndim < 2 or values.ndim < 2 or x.shape[-1] % m:
+        raise ValueError(
+            f"expected x[..., rows, k] with k a multiple of {m}, and values[k / m * n, "
+            f"columns]; got x{x.shape} and values{values.shape}"
+        )
+    kept = x.shape[-1] // m * n
+    stored = packed_size(kept, index_bits(m))
+    if values.shape[-2] != kept or indices.shape != (*values.shape[:-2], stored, values.shape[-1]):
+        raise ValueError(
+            f"{n} of {m} along {x.shape[-1]} are values[..., {kept}, columns] and indices[..., "
+            f"{stored}, columns]; got values{values.shape} and indices{indices.shape}"
+        )
+    if integers:
+        check_sums(kept, False)
+    unpacked = (*values.shape[:-2], x.shape[-1], values.shape[-1])
+    lead, rows, k, columns = matmul_shape(x.shape, unpacked, False)
+    if values.ndim == 2:  # one product of all rows
+        x, values, indices = x.reshape(1, math.prod(lead) * rows, k), values[None], indices[None]
+    else:
+        x, values, indices = (a.reshape(-1, *a.shape[-2:]) for a in (x, values, indices))
+    kind = jnp.int32 if integers else dtype or jnp.promote_types(x.dtype, jnp.float32)
+    static = _Static(n, m, values.dtype.name, jnp.dtype(kind).name, implementation)
+    return _matmul(static, x, values, indices).reshape(*lead, rows, columns)
+
+
+def plan(
+    rows: int, k: int, columns: int, n: int, m: int, weights: str, dtype: str, platform: str
+) -> Choice:
+    """The implementation that `nm_matmul` takes on `platform`."""
+    table = _table(_Static(n, m, weights, dtype, None))
+    return choose(table, Problem(m=rows, k=k, n=columns, dtype=dtype), platform)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(static, x, values, indices):
+    problem = Problem(m=x.shape[-2], k=x.shape[-1], n=values.shape[-1], dtype=x.dtype.name)
+    return dispatch(_table(static), problem, static.implementation, x, values, indices)
+
+
+def _forward(static, *operands):
+    return _matmul(static, *operands), operands
+
+
+def _backward(static, operands, g):
+    x, values, indices = operands
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return None, None, None
+    run = functools.partial(_reference, static, indices=indices)
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        return *jax.vjp(run, x, values)[1](g), None
+    return *jax.vjp(functools.partial(run, values=values), x)[1](g), None, None
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _reference(static, x, values, indices):
+    w = fill(values, indices, static.n, static.m, x.shape[-1], -2)
+    if x.dtype == jnp.int8:
+        return integer_dot(x, w, False)
+    return float_dot(x, w.astype(x.dtype), False).astype(static.dtype)
+
+
+def _pallas_tpu(static, *operands):
+    from jaxcompress.kernels.nm_matmul import pallas_tpu as kernel
+
+    return _by_kernel(static, kernel.nm_matmul, chip("tpu"), False, *operands)
+
+
+def _triton(static, *operands):
+    from jaxcompress.kernels.nm_matmul import triton as kernel
+
+    return _by_kernel(static, kernel.nm_matmul, chip("cuda") or chip("rocm"), True, *operands)
+
+
+def _by_kernel(static, kernel, chip, is_cut, x, values, indices):
+    pattern = (static.n, static.m)
+    run = functools.partial(kernel, pattern=pattern, dtype=static.dtype, chip=chip)
+    return call_kernel(run, ("bmk", "bsn", "bpn"), x, values, indices, is_cut=is_cut)
+
+
+def _table(static: _Static) -> tuple[Implementation, ...]:
+    floats = ("float32", "bfloat16")
+
+    def tpu_refuses(problem: Problem, platform: str) -> str | None:
+        return no_pallas_tpu(platform) or _refused(static, problem, floats)
+
+    def gpu_refuses(problem: Problem, platform: str) -> str | None:
+        return no_triton(platform) or _refused(static, problem, (*floats, "float16"))
+
+    def defers(problem: Problem, platform: str) -> str | None:
+        if problem.k < 256 or problem.n < 128:
+            return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
+        return not_cut(platform)
+
+    does = "kept values are loaded, zeros put back in fast memory"
+    run = lambda f: functools.partial(f, static)
+    return (
+        Implementation("pallas_tpu", does, run(_pallas_tpu), tpu_refuses, defers),
+        Implementation("triton", does, run(_triton), gpu_refuses, defers),
+        Implementation("reference", "zeros are put back, a dense product", run(_reference)),
+    )
+
+
+def _refused(static: _Static, problem: Problem, kinds: tuple[str, ...]) -> str | None:
+    for size, most in ((static.n, 4), (static.m, 16)):
+        if size > most or size & (size - 1):
+            return f"its patterns are powers of two, up to 4 of 16, not {static.n}:{static.m}"
+    for kind in (problem.dtype, static.weights):
+        if kind not in (*kinds, "int8"):
+            return f"it takes {', '.join(kinds)} and int8, not {kind}"
+    return None

@@ -1,0 +1,106 @@
+"""What every backend of `nm_matmul` has to do; a backend inherits it and says how to run."""
+
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracles
+
+EXAMPLES = int(os.environ.get("KERNEL_EXAMPLES", "6")) // 2  # one takes seconds
+SIZES = [1, 7, 16, 63, 64, 65, 127, 128, 129, 1000]
+EPS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # one rounding
+PATTERNS = [(2, 4), (1, 2), (1, 4), (2, 8), (4, 8), (1, 16), (4, 16)]
+
+
+def numbers(rng, shape, dtype):
+    if dtype == "int8":
+        return rng.integers(-128, 128, shape).astype(np.int8)
+    return rng.normal(size=shape).astype(jnp.dtype(dtype))
+
+
+def problem(m, groups, columns, *, pattern=(2, 4), dtype="float32", weights=None, b=1, seed=0):
+    """The arguments, and x and the weight in float64.
+
+    Places of a group differ and come in any order; the bits behind the last are ones.
+    """
+    rng, (n, of) = np.random.default_rng(seed), pattern
+    x = numbers(rng, (b, m, groups * of), dtype)
+    values = numbers(rng, (b, groups, n, columns), weights or dtype)
+    places = np.argsort(rng.random((b, groups, of, columns)), 2)[:, :, :n].astype(np.int8)
+    w = np.zeros((b, groups, of, columns))
+    np.put_along_axis(w, places.astype(np.int64), values.astype(np.float64), 2)
+    bits = max(1, (of - 1).bit_length())
+    stored = places.reshape(b, groups * n, columns)
+    behind = -stored.shape[1] % 64
+    stored = np.concatenate([stored, np.full((b, behind, columns), of - 1, np.int8)], 1)
+    indices = np.stack([oracles.pack(one, bits, 0) for one in stored])
+    arrays = (x, values.reshape(b, groups * n, columns), indices)
+    return arrays, x.astype(np.float64), w.reshape(b, groups * of, columns)
+
+
+def check(got, x, w, dtype):
+    want = x @ w
+    if dtype == "int8":
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, want)
+        return
+    # Float32 sums of k products, of which all but n in m are zeros; the result is rounded.
+    bound = (x.shape[2] + 8) * EPS["float32"] * (np.abs(x) @ np.abs(w)) + EPS[dtype] * np.abs(want)
+    assert str(got.dtype) == dtype
+    assert got.shape == want.shape
+    assert np.all(np.abs(np.asarray(got, np.float64) - want) <= bound)
+
+
+class NMMatmulSuite:
+    """`run(*arrays, **options)` calls the kernel; `block(m, n)` makes small blocks."""
+
+    dtypes = ("float32", "bfloat16", "float16", "int8")
+
+    def run(self, *arrays, **options):
+        raise NotImplementedError
+
+    def block(self, m, n):
+        return None  # by the table
+
+    @settings(max_examples=EXAMPLES)
+    @given(
+        m=st.sampled_from(SIZES),
+        groups=st.sampled_from(SIZES[:-1] + [250]),
+        columns=st.sampled_from(SIZES[:-1]),
+        pattern=st.sampled_from(PATTERNS),
+        dtype=st.integers(0, 3),
+        integers=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def test_the_product(self, m, groups, columns, pattern, dtype, integers, seed):
+        dtype = self.dtypes[dtype % len(self.dtypes)]
+        weights = "int8" if integers else None
+        arrays, x, w = problem(
+            m, groups, columns, pattern=pattern, dtype=dtype, weights=weights, seed=seed
+        )
+        options = {} if dtype == "int8" else dict(dtype=dtype)
+        got = self.run(*arrays, pattern=pattern, block=self.block(m, columns), **options)
+        check(got, x, w, dtype)
+
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    def test_every_pattern(self, pattern):
+        arrays, x, w = problem(3, 40, 20, pattern=pattern, b=2)
+        check(self.run(*arrays, pattern=pattern), x, w, "float32")
+
+    def test_two_of_four_in_several_blocks(self):
+        """1000 rows of x, and 4 x 300 of the weight, by the table."""
+        arrays, x, w = problem(129, 300, 200, dtype="bfloat16")
+        check(self.run(*arrays, pattern=(2, 4), dtype="bfloat16"), x, w, "bfloat16")
+
+    @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+    def test_nothing_in_gives_zeros_or_nothing(self, shape):
+        m, groups, columns = shape
+        values = np.ones((1, 2 * groups, columns), np.float32)
+        indices = np.zeros((1, 16 * bool(groups), columns), np.uint8)
+        x = np.ones((1, m, 4 * groups), np.float32)
+        got = self.run(x, values, indices, pattern=(2, 4))
+        np.testing.assert_array_equal(got, np.zeros((1, m, columns)))

@@ -1,0 +1,143 @@
+"""`nm_matmul` and its gradients against textbook loops, by XLA and by the TPU kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+import jaxcompress as jc
+import oracles
+from checks import assert_sums, random
+from jaxcompress.ops import _kernels, _nm_matmul
+
+
+def problem(lead, groups, columns, n, m, *, codes=False, seed=0):
+    """Values, indices, the places `[..., groups, n, columns]` and the weight in float64."""
+    rng = np.random.default_rng(seed)
+    places = np.argsort(rng.random((*lead, groups, m, columns)), -2)[..., :n, :]
+    values = rng.integers(-128, 128, places.shape) if codes else rng.normal(size=places.shape)
+    values = values.astype(np.int8 if codes else np.float32)
+    w = np.zeros((*lead, groups, m, columns))
+    np.put_along_axis(w, places, values.astype(np.float64), -2)
+    flat = lambda a: a.reshape(*lead, -1, columns)
+    indices = oracles.pack(flat(places), max(1, (m - 1).bit_length()), -2)
+    return flat(values), indices, places, flat(w)
+
+
+@settings(max_examples=4)
+@given(
+    rows=st.sampled_from([1, 7]),
+    groups=st.sampled_from([1, 9, 40]),
+    columns=st.sampled_from([1, 33]),
+    pattern=st.sampled_from([(2, 4), (1, 2), (3, 5), (4, 16)]),
+    matrices=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_product_and_its_gradients(rows, groups, columns, pattern, matrices, seed):
+    n, m = pattern
+    lead = (2,) if matrices else ()
+    values, indices, places, w = problem(lead, groups, columns, n, m, seed=seed)
+    x = random(2, rows, groups * m, seed=seed)
+    run = lambda x, values: jc.ops.nm_matmul(x, values, indices, n=n, m=m)
+    y, back = jax.vjp(run, x, values)
+    g = random(*y.shape, seed=seed + 1)
+    dx, dvalues = back(g)
+    turned = np.swapaxes(w, -1, -2)
+    assert_sums(y, x.astype(np.float64) @ w, abs(x) @ abs(w), groups * m)
+    assert_sums(dx, g.astype(np.float64) @ turned, abs(g) @ abs(turned), columns)
+    # The gradient of the matrix, where there are values.
+    dw = np.swapaxes(x, -1, -2).astype(np.float64) @ g
+    size = np.swapaxes(abs(x), -1, -2) @ abs(g)
+    pick = lambda a: np.take_along_axis(
+        (a if matrices else a.sum(0)).reshape(*lead, groups, m, columns), places, -2
+    ).reshape(values.shape)
+    assert_sums(dvalues, pick(dw), pick(size), 2 * rows)
+
+
+def test_int8_by_int8_is_exact_and_int8_by_floats_has_the_gradient():
+    values, indices, _, w = problem((), 40, 33, 2, 4, codes=True)
+    x = np.random.default_rng(1).integers(-128, 128, (7, 160)).astype(np.int8)
+    y = jc.ops.nm_matmul(x, values, indices, n=2, m=4)
+    assert y.dtype == jnp.int32
+    np.testing.assert_array_equal(y, x.astype(np.int64) @ w)
+    run = lambda x: jc.ops.nm_matmul(x, values, indices, n=2, m=4, dtype=jnp.bfloat16)
+    half, back = jax.vjp(run, x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    # Sums of whole numbers below 2^24 are exact; the result is rounded once.
+    np.testing.assert_allclose(np.asarray(half, np.float64), x.astype(np.int64) @ w, rtol=2**-8)
+    [dx] = back(jnp.ones_like(half))
+    np.testing.assert_allclose(np.asarray(dx, np.float64), np.ones((7, 33)) @ w.T, rtol=2**-8)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_the_kernel_for_tpus_in_the_op(codes, monkeypatch):
+    kernel = lambda table, problem, implementation, *args: table[0].run(*args)
+    monkeypatch.setattr(_nm_matmul, "dispatch", kernel)
+    values, indices, _, w = problem((), 80, 130, 2, 4, codes=codes)
+    x = random(2, 5, 320)
+    x = (x * 20).astype(np.int8) if codes else x
+    with pltpu.force_tpu_interpret_mode():
+        y = jc.ops.nm_matmul(x, values, indices, n=2, m=4)
+    assert_sums(y, x.astype(np.float64) @ w, abs(x).astype(np.float64) @ abs(w), 320)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "weights", "platform", "name", "reason"),
+    [
+        ((2, 4), "bfloat16", "bfloat16", "tpu", "pallas_tpu", ""),
+        ((4, 16), "int8", "int8", "tpu", "pallas_tpu", ""),
+        ((2, 4), "float16", "float16", "tpu", "reference", "float32, bfloat16 and int8, not"),
+        ((3, 5), "float32", "float32", "tpu", "reference", "up to 4 of 16, not 3:5"),
+        ((8, 16), "float32", "float32", "cuda", "reference", "up to 4 of 16, not 8:16"),
+        ((2, 4), "float16", "int8", "cuda", "triton", ""),
+        ((2, 4), "float16", "float64", "cuda", "reference", "not float64"),
+        ((2, 4), "float32", "float32", "cpu", "reference", "it is for TPUs"),
+    ],
+)
+def test_who_takes_what(pattern, dtype, weights, platform, name, reason, monkeypatch):
+    monkeypatch.setattr(_kernels, "_has_jax_triton", lambda: True)
+    if platform == "cuda":
+        monkeypatch.setattr(_kernels, "chip", lambda platform: "9.0")
+    choice = _nm_matmul.plan(16, 1024, 1024, *pattern, weights, dtype, platform)
+    assert choice.implementation.name == name
+    assert reason in choice.why
+
+
+def test_explain_and_the_program_agree_for_tpus():
+    w, pattern = jnp.asarray(random(512, 256)), jc.prune.nm(2, 4, axis=-2)
+    masks = jc.prune.mask({"w": abs(w)}, pattern, 1.0)
+    params = jc.prune.pack({"w": w}, masks, pattern=pattern)
+    fn, x = lambda p, x: x @ p["w"], random(16, 512)
+    for platform, name in (("tpu", "pallas_tpu"), ("cpu", "reference")):
+        [row] = jc.explain(fn, params, x, platform=platform)
+        assert (row.op, row.implementation) == ("nm_matmul", name)
+    exported = jax.export.export(jax.jit(jc.accelerate(fn)), platforms=["tpu"])(params, x)
+    assert exported.mlir_module().count("@tpu_custom_call") == 1
+
+
+VALUES, INDICES = np.ones((16, 4), np.float32), np.zeros((16, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(x=np.ones((2, 32), np.int32)), TypeError, "floats or int8; x is int32"),
+        (dict(x=np.ones((2, 32), np.int8)), TypeError, "int8 values for int8 activations"),
+        (dict(values=VALUES.astype(np.int16)), TypeError, "values is int16"),
+        (dict(indices=INDICES.astype(np.int32)), TypeError, "uint8; indices is int32"),
+        (dict(n=5), ValueError, "got 5 of 4"),
+        (dict(x=np.ones((2, 30), np.float32)), ValueError, "a multiple of 4"),
+        (dict(x=np.ones((2, 36), np.float32)), ValueError, r"values\[..., 18, columns\]"),
+        (dict(indices=INDICES[:8]), ValueError, r"indices\[..., 16, columns\]"),
+        (dict(implementation="triton"), ValueError, "'triton' cannot run: it is for GPUs"),
+    ],
+)
+def test_bad_input_is_named(changes, error, message):
+    good = dict(x=np.ones((2, 32), np.float32), values=VALUES, indices=INDICES, n=2, m=4)
+    given = good | changes
+    arrays = [given.pop(name) for name in ("x", "values", "indices")]
+    with pytest.raises(error, match=message):
+        jc.ops.nm_matmul(*arrays, **given)
