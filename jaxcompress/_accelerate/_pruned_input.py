@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import quax
 from jax import lax
 from jax.extend.core import Primitive
@@ -12,6 +13,7 @@ from jaxcompress._accelerate._scaled import beside
 from jaxcompress._quax import ragged_dot_general_p
 from jaxcompress.arrays import CompressedArray, PrunedInputArray, RotatedArray, ScaledArray
 from jaxcompress.arrays._activation_sparsity import prune_along, threshold_activations
+from jaxcompress.arrays._quantized import replace
 
 __all__: list[str] = []
 
@@ -85,8 +87,20 @@ def _(x: Any, w: PrunedInputArray, group_sizes: Any, **params: Any) -> Any:
 
 @quax.register(lax.gather_p)
 def _(w: PrunedInputArray, indices: Any, **params: Any) -> Any:
-    """A lookup has no activations."""
-    return _run(lax.gather_p, [w.array, indices], params)
+    """Rows of a table have no activations; matrices, one expert's say, still prune theirs."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    found = _run(lax.gather_p, [w.array, indices], params)
+    chosen = [d for d, (n, size) in enumerate(zip(sizes, w.shape)) if n != size]
+    if w.ndim - len(chosen) < 2:
+        return found
+    if numbers.operand_batching_dims or sorted(numbers.collapsed_slice_dims) != chosen:
+        return _run(lax.gather_p, [w.decoded_for(lax.gather_p), indices], params)
+    threshold = w.threshold
+    if threshold is not None:
+        whole = [n if d in chosen else 1 for d, n in enumerate(w.shape)]
+        params["slice_sizes"] = (1,) * w.ndim
+        threshold = lax.gather_p.bind(jnp.broadcast_to(threshold, whole), indices, **params)
+    return replace(w, array=found, threshold=threshold)
 
 
 @quax.register(lax.dot_general_p)

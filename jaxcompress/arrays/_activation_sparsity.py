@@ -64,7 +64,7 @@ def top_k_activations(x: jax.Array, sparsity: float, *, axis: int = -1) -> jax.A
       An array like `x`. NaN counts as the largest of all, and is kept.
 
     Raises:
-      ValueError: `sparsity` is out of range.
+      ValueError: `sparsity` is out of range, or there is no such axis.
 
     >>> import jax, jax.numpy as jnp, jaxcompress as jc
     >>> x = jnp.array([[3.0, -1.0, 0.5, -4.0]])
@@ -76,7 +76,7 @@ def top_k_activations(x: jax.Array, sparsity: float, *, axis: int = -1) -> jax.A
     Makhzani and Frey, 2013, k-Sparse Autoencoders, arXiv:1312.5663; Bengio et al., 2013,
     arXiv:1308.3432 (the gradient).
     """
-    return prune_along(x, [axis % x.ndim], ActivationSparsity(sparsity))
+    return prune_along(x, [_dim(x, axis)], ActivationSparsity(sparsity))
 
 
 def threshold_activations(x: jax.Array, threshold: jax.typing.ArrayLike) -> jax.Array:
@@ -117,7 +117,7 @@ def nm_activations(x: jax.Array, n: int, m: int, *, axis: int = -1) -> jax.Array
       An array like `x`.
 
     Raises:
-      ValueError: unless `1 <= n <= m`.
+      ValueError: unless `1 <= n <= m`, or there is no such axis.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> jc.prune.nm_activations(jnp.array([3.0, -1.0, 0.5, -4.0]), 1, 2)
@@ -128,7 +128,7 @@ def nm_activations(x: jax.Array, n: int, m: int, *, axis: int = -1) -> jax.Array
     """
     if not 1 <= n <= m:
         raise ValueError(f"nm_activations keeps n of m, 1 <= n <= m; got n={n}, m={m}")
-    return prune_along(x, [axis % x.ndim], ActivationSparsity(1 - n / m, m))
+    return prune_along(x, [_dim(x, axis)], ActivationSparsity(1 - n / m, m))
 
 
 def prune_along(x: jax.Array, dims: Sequence[int], pruning: ActivationSparsity) -> jax.Array:
@@ -160,6 +160,12 @@ def _largest(x: jax.Array, pruning: ActivationSparsity) -> jax.Array:
     room = count - jnp.sum(above, -1, keepdims=True)
     keep = above | (equal & (jnp.cumsum(equal, -1) <= room))
     return keep.reshape(padded.shape)[..., :k]
+
+
+def _dim(x: jax.Array, axis: int) -> int:
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"there is no axis {axis} of features in activations of shape {x.shape}")
+    return axis % x.ndim
 
 
 def _check_sparsity(sparsity: float) -> None:

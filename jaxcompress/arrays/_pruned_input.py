@@ -64,6 +64,8 @@ class PrunedInputArray(CompressedArray):
             threshold = lax.squeeze(threshold, params["dimensions"])
         elif primitive in (lax.reshape_p, lax.broadcast_in_dim_p):
             shape = params["new_sizes" if primitive is lax.reshape_p else "shape"]
+            if tuple(shape) == self.shape and not params.get("dimensions"):
+                return self  # as indexing leaves one behind it
             if threshold is not None and threshold.size > 1:
                 return None
             threshold = None if threshold is None else threshold.reshape([1] * len(shape))

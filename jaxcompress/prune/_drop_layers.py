@@ -11,8 +11,9 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jax.extend.core.primitives import scan_p
 
-from jaxcompress._paths import leaves_with_paths, map_with_paths, rebuild, subtrees
-from jaxcompress._program import body_of, is_array, step
+from jaxcompress._model import Model, arrays_of, trace_model
+from jaxcompress._paths import leaves_with_paths, map_with_paths, subtrees
+from jaxcompress._program import body_of, step
 from jaxcompress._quax import scan_sizes
 from jaxcompress.arrays import is_compressed
 
@@ -107,7 +108,7 @@ def drop_layers(
     Expect, arXiv:2403.03853.
     """
     _refuse_compressed(params)
-    model = _trace(fn, params, example)
+    model = trace_model(fn, params, example)
     found = _Found({}, {})
     _look(model.jaxpr.jaxpr, _named(model), {}, found)
     paths = [path for path, _ in leaves_with_paths(params)]
@@ -135,45 +136,18 @@ def drop_layers(
                 return given.get(path, leaf)
             return jax.ShapeDtypeStruct(leaf.shape, given[path].dtype)
 
-        model = _trace(fn, map_with_paths(whole, like), args)
+        model = trace_model(fn, map_with_paths(whole, like), args)
         names = {v: path for v, path in _named(model).items() if path in kept}
         outs = _evaluate(
-            model.jaxpr, [*(given[p] for p in model.paths), *_arrays(args)], names, shorter
+            model.jaxpr, [*(given[p] for p in model.paths), *arrays_of(args)], names, shorter
         )
-        return jax.tree.unflatten(model.tree, outs)
+        return model.result(outs)
 
     return dropped, map_with_paths(cut, params)
 
 
-class _Model(NamedTuple):
-    """A function of arrays: first the parameters at `paths`, then the arguments."""
-
-    jaxpr: ClosedJaxpr
-    paths: list[str]
-    tree: Any
-
-
-def _trace(fn: Callable[..., Any], params: Any, args: Any) -> _Model:
-    pairs = leaves_with_paths(params)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in pairs if hasattr(x, "dtype")]
-    arrays, rest = eqx.partition(args, is_array)
-
-    def call(leaves: list[Any], arrays: Any) -> Any:
-        new = iter(leaves)
-        whole = [next(new) if hasattr(x, "dtype") else x for _, x in pairs]
-        return fn(rebuild(params, whole), *eqx.combine(arrays, rest))
-
-    jaxpr, shape = jax.make_jaxpr(call, return_shape=True)(shapes, arrays)
-    paths = [path for path, x in pairs if hasattr(x, "dtype")]
-    return _Model(jaxpr, paths, jax.tree.structure(shape))
-
-
-def _named(model: _Model) -> dict[Var, str]:
+def _named(model: Model) -> dict[Var, str]:
     return dict(zip(model.jaxpr.jaxpr.invars, model.paths))
-
-
-def _arrays(args: Any) -> list[Any]:
-    return [x for x in jax.tree.leaves(args) if is_array(x)]
 
 
 def _stack_of(eqn: JaxprEqn, names: Mapping[Var, str]) -> Stack | None:
@@ -257,7 +231,7 @@ def _evaluate(
 
 def _influences(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[str, jax.Array]:
     """The score of each layer for one batch, by the paths of what a scan runs over."""
-    model = _trace(fn, params, (batch,))
+    model = trace_model(fn, params, (batch,))
     found: dict[Stack, list[jax.Array]] = {}
 
     def scored(eqn: JaxprEqn, stack: Stack, values: list[Any]) -> list[Any]:
@@ -281,7 +255,7 @@ def _influences(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[
         return [*state, *ys]
 
     leaves = [leaf for _, leaf in leaves_with_paths(params) if hasattr(leaf, "dtype")]
-    _evaluate(model.jaxpr, [*leaves, *_arrays(batch)], _named(model), scored)
+    _evaluate(model.jaxpr, [*leaves, *arrays_of(batch)], _named(model), scored)
     if not found:
         raise ValueError(
             "block_influence found no lax.scan over the leading axis of parameters that carries "
@@ -314,6 +288,8 @@ def _kept(found: _Found, scores: Mapping[str, Any], drop: int) -> dict[str, np.n
             }
             raise ValueError(f"each of {paths} needs scores of {length} layers; got {shapes}")
         for path, score in given:
+            if np.isnan(score).any():
+                raise ValueError(f"the scores of {path!r} are NaN for some layers")
             if not np.array_equal(score, given[0][1]):
                 raise ValueError(
                     f"{path!r} and {given[0][0]!r} are of one scan and differ in scores"

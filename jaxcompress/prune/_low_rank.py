@@ -82,6 +82,10 @@ def low_rank(
         if path not in chosen:
             return leaf
         _check(path, leaf)
+        if leaf.size == 0:
+            if energy is not None:
+                return leaf
+            raise ValueError(f"{path!r} has the shape {leaf.shape}: it has no numbers")
         if layout is None:
             found = Layout((-2,), (-1,), tuple(range(-leaf.ndim, -2)))
         if found is None or found.contract is None:

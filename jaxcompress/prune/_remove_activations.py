@@ -87,7 +87,8 @@ def activations(
       says whether one matrix would be smaller than the two, `why` compares them.
 
     Raises:
-      ValueError: no batches, batches of several shapes, or a pattern that matches nothing.
+      ValueError: no batches, batches of several shapes, a pattern that matches nothing, or
+        a function that returns NaN or infinity.
       TypeError: a compressed leaf.
 
     >>> import jax, jax.numpy as jnp, jaxcompress as jc
@@ -206,6 +207,10 @@ class _Found:
                     if jnp.issubdtype(b.dtype, jnp.inexact):
                         a64, b64 = np.asarray(a, np.float64), np.asarray(b, np.float64)
                         error, size = error + ((a64 - b64) ** 2).sum(), size + (b64**2).sum()
+            if not np.isfinite(size):
+                raise ValueError("the function returns NaN or infinity for these batches")
+            if not np.isfinite(error):
+                error = np.inf  # the worst there is
             changes.append(float(np.sqrt(error / size)) if size else float(error > 0))
         return changes
 

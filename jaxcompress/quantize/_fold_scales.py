@@ -71,6 +71,12 @@ def _folded(
     for scale in uses:
         if spaces.find(scale.before) == spaces.find(scale.after):
             raise _StaysError("what it scales passes by as well")
+    behind = {spaces.find(scale.after) for scale in uses}
+    for scale in facts.scales:  # in the order of the program
+        if spaces.find(scale.before) in behind:
+            if scale in uses:
+                raise _StaysError("it scales twice, one after the other")
+            behind.add(spaces.find(scale.after))
     for root in {spaces.find(scale.after) for scale in uses}:
         _check(facts, root, open_scales)
         for space, (other, _) in facts.own.items():

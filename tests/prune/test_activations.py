@@ -255,3 +255,25 @@ def test_what_cannot_be_pruned_is_named():
         Sparse(0.5, group_size=4, static=True)
     with pytest.raises(ValueError, match="n=3, m=2"):
         jc.prune.nm_activations(w, 3, 2)
+
+
+@pytest.mark.parametrize("spec", [Sparse(0.75), Sparse(0.5, static=True)])
+def test_matrices_that_are_looked_up_prune_their_activations(spec):
+    params, which = {"w": random(3, 16, 4)}, jnp.array([0, 2, 1, 2])
+    lookup = lambda p, x: jnp.einsum("bk,bkn->bn", x, p["w"][which])
+    x = random(4, 16, seed=1) * jnp.arange(1.0, 5.0)[:, None]
+    stats = jc.calibrate(lookup, params, [x], jc.statistics.magnitudes())
+    sparse = jc.prune.prune_activations(params, {"w": spec}, stats=stats)
+    if spec.static:
+        threshold = np.asarray(sparse["w"].threshold).reshape(3, 1)[np.asarray(which)]
+        kept = np.where(np.abs(x) > threshold, x, 0)
+    else:
+        kept = largest(np.asarray(x), spec.sparsity)
+    dense = np.asarray(params["w"], np.float64)[np.asarray(which)]
+    want = np.einsum("bk,bkn->bn", kept, dense)
+    np.testing.assert_allclose(jc.accelerate(lookup)(sparse, x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_axis_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="no axis 2"):
+        jc.prune.top_k_activations(jnp.ones((2, 3)), 0.5, axis=2)

@@ -404,3 +404,11 @@ def test_types_stay():
     compressed = jc.quantize.quantize(params, {"a": jc.quantize.int8()})
     with pytest.raises(TypeError, match="'a' is a QuantizedArray: fold first"):
         jc.quantize.fold_rotations(fn, compressed, X)
+
+
+def test_a_scale_that_scales_twice_stays():
+    params = draw({"a": (12, 8), "g": (8,), "h": (8,), "b": (8, 4)})
+    twice = lambda p, x: (x @ p["a"] * p["g"] * p["h"] * p["g"]) @ p["b"]
+    [row] = [r for r in jc.quantize.rotatable(twice, params, X) if r.path == "b"]
+    assert row.rotated == 0
+    assert "'g'" in row.why

@@ -47,7 +47,9 @@ def relu_ntk(depth: int) -> Kernel:
         x, y = (a.reshape(len(a), -1) for a in (x, y))
         # The diagonals stay what they are: half of the signal survives, times a variance of 2.
         own = lambda a: jnp.sum(a**2, -1) / a.shape[-1]
-        size = jnp.sqrt(own(x)[:, None] * own(y)[None])
+        square = own(x)[:, None] * own(y)[None]
+        # A root has no slope at zero, where an image is blank.
+        size = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
         s = x @ y.T / x.shape[-1]
         t = s
         for _ in range(depth):
@@ -259,7 +261,9 @@ def _regression(
     classes = len(images)
     eye = jnp.eye(classes) - 1 / classes
     of = lambda x: jnp.repeat(eye, x.shape[1], 0)
-    damped = ours + ridge * jnp.trace(ours) / len(ours) * jnp.eye(len(ours))
+    mean = jnp.trace(ours) / len(ours)
+    mean = jnp.where(mean > 0, mean, 1.0)  # of blank images alone
+    damped = ours + ridge * mean * jnp.eye(len(ours))
     weights = jax.scipy.linalg.solve(damped, of(images), assume_a="pos")
     return jnp.mean(jnp.sum((of(real) - cross @ weights) ** 2, -1))
 

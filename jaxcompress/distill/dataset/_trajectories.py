@@ -154,11 +154,11 @@ def mtt(
 
     def update(key: jax.Array, learned: Learned, real: Any) -> tuple[Learned, jax.Array]:
         start, end = real
-        of = [str(jax.tree.structure(tree)) for tree in (start, end)]
+        of = [str(jax.tree.map(jnp.shape, tree)) for tree in (start, end)]
         if of[0] != of[1]:
             raise ValueError(
-                "mtt takes the parameters of an expert at two times, of one structure; got "
-                f"{of[0]} and {of[1]}"
+                "mtt takes the parameters of an expert at two times, of one structure "
+                f"and of the same shapes; got {of[0]} and {of[1]}"
             )
         return step(key, learned, (start, end))
 
