@@ -145,7 +145,7 @@ def in_steps(turns: int, cost: int, tell: Callable[[float], Any]) -> Iterator[tu
 
     After a piece that took its time, `tell` is told which part of the turns is done.
     """
-    each = -(-_STEP // cost)
+    each = -(-_STEP // max(1, cost))
     for first in range(0, turns, each):
         count = min(each, turns - first)
         yield first, count

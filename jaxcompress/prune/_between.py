@@ -34,6 +34,7 @@ class Between:
     second: Product
     steps: tuple[str, ...]
     matrices: bool
+    how: Mapping[str, Any]  # precision and type of the second product's sums
 
     @property
     def channels(self) -> int:
@@ -95,7 +96,9 @@ def _between(near: Neighbours, second: Product, by_out: dict[Var, Product]) -> B
             region = [eqn for eqn in region if eqn is not use]
     names = tuple(dict.fromkeys(eqn.primitive.name for eqn in region[::-1]))
     matrices = all(near.made[p.out].primitive.name == "dot_general" for p in (first, second))
-    return Between(first, bias, outer, second.x, second, names, matrices)
+    last = near.made[second.out].params
+    how = {key: last.get(key) for key in ("precision", "preferred_element_type")}
+    return Between(first, bias, outer, second.x, second, names, matrices, how)
 
 
 def sizes(between: Between) -> tuple[int, int, int] | None:
@@ -166,7 +169,7 @@ def merged(
     def swap(env: Mapping[Any, Any]) -> Any:
         x = env[first.x]
         dims = (((first.entering,), (first.contract,)), ((), ()))
-        out = lax.dot_general(x, leaves[matrix].astype(x.dtype), dims)
+        out = lax.dot_general(x, leaves[matrix].astype(x.dtype), dims, **between.how)
         added = shift if bias is None else leaves[bias]
         out = out + jnp.asarray(added, out.dtype)
         return jnp.moveaxis(out, -1, second.leaving).astype(aval_of(second.out).dtype)

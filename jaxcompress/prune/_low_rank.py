@@ -106,6 +106,11 @@ def low_rank(
                 f"the statistic of {path!r} is of {moments.shape[-1]} inputs, and it contracts "
                 f"{w.shape[1]}; give layout=jc.layout(fn, params, x)"
             )
+        if moments is not None and layout is None and w.shape[1] == w.shape[2]:
+            raise ValueError(
+                f"{path!r} is square, so its statistic could be of either side; "
+                "give layout=jc.layout(fn, params, x)"
+            )
         left, values, right = _svd(w, moments, damping)
         _, k, n = w.shape
         least = rank if energy is None else _least(values, energy)

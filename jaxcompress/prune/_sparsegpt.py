@@ -1,5 +1,6 @@
 """SparseGPT: one-shot pruning that lets the weights that stay make up for those that go."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -175,6 +176,8 @@ def _chosen(
         else:
             if pattern.ratio is not None:
                 _refuse_other_axis(path, leaf.shape, found.contract, pattern, pattern.ratio)
+            elif pattern.separate:
+                _refuse_across_outputs(path, leaf.shape, found.contract, pattern)
             chosen.add(path)
     return chosen
 
@@ -194,6 +197,20 @@ def _refuse_other_axis(
     ones[contract[-1]] = -1
     fits = jnp.broadcast_to((jnp.arange(shape[contract[-1]]) % m < n).reshape(ones), shape)
     if bool(jnp.any(pattern.units(path, fits) > 0)):
+        raise ValueError(
+            f"{path!r} is contracted along {contract}, which is not the axis of the pattern"
+        )
+
+
+def _refuse_across_outputs(
+    path: str, shape: tuple[int, ...], contract: tuple[int, ...], pattern: Pattern
+) -> None:
+    """Raises unless each competition of `pattern` is among the weights of one output."""
+    inputs = [d % len(shape) for d in contract]
+    sizes = [1 if d in inputs else size for d, size in enumerate(shape)]
+    output = jnp.broadcast_to(jnp.arange(math.prod(sizes)).reshape(sizes), shape)
+    units = pattern.units(path, output)
+    if bool(jnp.any(units != units[:, :1])):
         raise ValueError(
             f"{path!r} is contracted along {contract}, which is not the axis of the pattern"
         )

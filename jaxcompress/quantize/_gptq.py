@@ -139,7 +139,7 @@ def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
     best: tuple[jax.Array, jax.Array, jax.Array] | None = None
     parts = _PARTS if search else (1.0,)
     turns = -(-dense.shape[2] // _OUTPUTS)
-    cost = dense.size * matrices.k // turns
+    cost = dense.size * matrices.k // max(1, turns)
     for i, part in enumerate(parts):
         scale = full * part
         tell = lambda done, i=i: layer.tell((i + done) / len(parts))

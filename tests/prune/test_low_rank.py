@@ -206,6 +206,10 @@ def test_other_leaves_and_statistics_are_refused():
     stats = jc.calibrate(turned, params, [x], jc.statistics.second_moment())
     with pytest.raises(ValueError, match=r"of 8 inputs, and it contracts 5; give layout="):
         jc.prune.low_rank(params, ["w"], rank=1, stats=stats)
+    square = {"w": random(8, 8)}
+    stats = jc.calibrate(turned, square, [x], jc.statistics.second_moment())
+    with pytest.raises(ValueError, match=r"'w' is square.*give layout="):
+        jc.prune.low_rank(square, ["w"], rank=1, stats=stats)
     other, both = lambda p, x: x @ p["v"], {"w": W["w"], "v": W["w"]}
     unmet = jc.calibrate(other, both, [x], jc.statistics.second_moment())
     with pytest.raises(ValueError, match="comes from no activations"):

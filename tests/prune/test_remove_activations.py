@@ -56,6 +56,24 @@ def test_a_relu_that_does_nothing_is_the_product_of_two_matrices(bias):
     assert "max" not in str(jax.make_jaxpr(new_fn)(new, other))
 
 
+def test_the_one_product_is_summed_as_the_second_was():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), layers(3, 16, 4, bias=False))
+    highest = jax.lax.Precision.HIGHEST
+    sums = dict(precision=highest, preferred_element_type=jnp.float32)
+
+    def fn(p, x):
+        x = relu(jnp.matmul(x, p["0"]["w"], **sums).astype(jnp.bfloat16))
+        return jnp.matmul(x, p["1"]["w"], **sums)
+
+    x = jnp.asarray(positive(5, 3, seed=9), jnp.bfloat16)
+    new_fn, new = jc.prune.remove_activations(fn, params, [x], count=1)
+    [product] = [
+        e for e in jax.make_jaxpr(new_fn)(new, x).eqns if e.primitive.name == "dot_general"
+    ]
+    assert product.params["precision"] == (highest, highest)
+    assert product.outvars[0].aval.dtype == jnp.float32
+
+
 def test_where_one_matrix_would_be_larger_both_stay():
     params, fn, x = layers(12, 3, 16), chain(relu), positive(5, 12, seed=9)
     [row] = jc.prune.activations(fn, params, [x])

@@ -272,6 +272,7 @@ DENSE = lambda p, x: x @ p["w"]
         ((DENSE, W, [X], jc.prune.block(2, 2), 0.5), r"got block\(2, 2\)"),
         ((DENSE, W, [X], jc.prune.nm(2, 4, axis=-2), 0.5), "every group of 2:4"),
         ((DENSE, W, [X], jc.prune.nm(2, 4, axis=-1), 1.0), "'w' is contracted along"),
+        ((DENSE, W, [X], jc.prune.unstructured(axis=-1), 0.5), "'w' is contracted along"),
         ((DENSE, W, [X], jc.prune.nm(1, 3, axis=-2), 1.0), "'w': 3 does not divide its 8 inputs"),
         ((DENSE, W, [], jc.prune.unstructured(), 0.5), "no batches"),
         ((DENSE, W, [X], jc.prune.unstructured(), 50), "fraction of zeros"),

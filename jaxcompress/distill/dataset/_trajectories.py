@@ -98,7 +98,8 @@ def mtt(
 
     Returns:
       A `Method`. Instead of real images its `update` takes `(w_0, w*)`, two of the trees that
-      `expert` returns, the second some epochs after the first.
+      `expert` returns, the second some epochs after the first. If they are equal the loss is
+      not finite.
 
     Raises:
       ValueError: no step, a rate that is not positive.
