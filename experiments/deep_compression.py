@@ -1,6 +1,6 @@
 """How small does a file get, if weights are pruned, shared and entropy-coded?
 
-    python experiments/deep_compression.py            # five seeds, about 15 minutes on two cores
+    python experiments/deep_compression.py            # five seeds, 24 minutes on two busy cores
     python experiments/deep_compression.py --quick    # two seeds, one epoch: does it run?
 
 LeNet-300-100 and LeNet-5 on 5,000 MNIST digits. Each is trained, then pruned further and

@@ -20,11 +20,11 @@ def test_the_page_has_the_table_of_the_json():
 
 
 def test_as_small_as_the_paper_at_no_loss():
-    """LeNet-300-100, 40 times; LeNet-5 does not get there, and the page says so."""
-    best = deep_compression.chosen(RECORD["networks"]["LeNet-300-100"])
-    assert best["smaller"] >= 40
-    assert best["against_dense"]["high"] >= 0
-    assert len(best["bytes"]["coded"]) == len(RECORD["environment"]["seeds"]) == 5
+    for name, times in (("LeNet-300-100", 40), ("LeNet-5", 39)):
+        best = deep_compression.chosen(RECORD["networks"][name])
+        assert best["smaller"] >= times
+        assert best["against_dense"]["high"] >= 0
+        assert len(best["bytes"]["coded"]) == len(RECORD["environment"]["seeds"]) == 5
     assert not RECORD["environment"]["commit"].endswith("+")
 
 
