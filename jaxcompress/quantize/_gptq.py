@@ -176,7 +176,8 @@ def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
     assert best is not None
     codes, scale, _ = best
     if search:
-        numbers = codes if zero is None else codes - spread(zero)
+        offset = 0.0 if zero is None else spread(zero).astype(jnp.float32)
+        numbers = codes.astype(jnp.float32) - offset  # eight bits do not hold the difference
         scale = refitted(
             dense,
             numbers,

@@ -34,7 +34,6 @@ def refitted(
     total = lambda part: reduce_groups(matrices.join(part), axis, group_size, jnp.sum, 0.0)
     ratio = lambda a, b: jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
     times = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    numbers = numbers.astype(jnp.float32)
     # Of each scale alone: features of one group, which is the same for all outputs.
     places = jnp.arange(scale.size, dtype=jnp.float32).reshape(scale.shape)
     group = spread(places)[:, :, 0]

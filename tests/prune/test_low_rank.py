@@ -37,7 +37,8 @@ def test_is_the_best_of_its_rank(shape, rank):
     x = random(50, shape[0], seed=1) @ random(shape[0], shape[0], seed=2)
     stats = jc.calibrate(dense, {"w": w}, [x[:25], x[25:]], jc.statistics.second_moment())
     plain = jc.prune.low_rank({"w": w}, ["w"], rank=rank)["w"]
-    seen = jc.prune.low_rank({"w": w}, ["w"], rank=rank, stats=stats)["w"]
+    found = jc.layout(dense, {"w": w}, x)
+    seen = jc.prune.low_rank({"w": w}, ["w"], rank=rank, stats=stats, layout=found)["w"]
     assert (seen.u.shape, seen.v.shape) == ((shape[0], rank), (rank, shape[1]))
     assert seen.nbytes == 4 * rank * sum(shape)
     # float32 factors, float32 moments and a damping of 1e-6 together.

@@ -143,6 +143,18 @@ def test_the_search_takes_the_best_of_seven_and_fits_the_scales_to_its_codes(axi
     assert not np.allclose(want, start, rtol=1e-3)
 
 
+@pytest.mark.parametrize("bits", [8, 3])
+def test_scales_are_fitted_beside_zero_points(bits):
+    """Weights far from zero, so that zero points are at the end of what eight bits hold."""
+    x, w = correlated(200, 16), np.abs(random(16, 4)) + 1
+    rules = {"w": jc.quantize.Spec(qtype=jc.arrays.IntType(bits, symmetric=False))}
+    solve = lambda search: jc.quantize.gptq(
+        model, {"w": jnp.asarray(w)}, [x], rules, search=search
+    )["w"]
+    lost = lambda q: np.linalg.norm(x @ (oracles.dense(q) - w).astype(np.float64), axis=0)
+    assert np.all(lost(solve(True)) <= lost(solve(False)) * (1 + 1e-3))
+
+
 def test_experts_are_solved_each_with_its_own_activations():
     x, w = random(3, 60, 16), random(3, 16, 5, seed=1)
     x *= np.exp(random(3, 1, 16, seed=2))
