@@ -147,6 +147,8 @@ def _kernel(
             x_mask = x_mask & (along[None, :] < K - first)
         values = tl.load(x_at + first, mask=x_mask, other=0.0)
         weight = tl.load(w_at + place * (PIECE * SIDE) + part * (1 if TRANSPOSE_W else SIDE))
+        if weight.dtype == tl.int8:  # by float32: the interpreter has no other way to bfloat16
+            weight = weight.to(tl.float32)
         total = tl.dot(values, weight.to(values.dtype), total, input_precision="ieee")
     out_at = out + (batch * M + row[:, None]) * (COUNT * SIDE) + line * SIDE + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=row[:, None] < M)

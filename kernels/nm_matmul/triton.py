@@ -158,6 +158,8 @@ def _kernel(
             if INTEGERS:
                 total = tl.dot(piece, weight, total, out_dtype=tl.int32)
             else:
+                if weight.dtype == tl.int8:  # the interpreter has no other way to bfloat16
+                    weight = weight.to(tl.float32)
                 total = tl.dot(piece, weight.to(piece.dtype), total, input_precision="ieee")
     mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
     out_at = out + (batch * ROWS + row[:, None]) * COLUMNS + column[None, :]
