@@ -13,8 +13,9 @@ asymmetric ones use all four.
 Where qwix is installed it quantizes the same networks. Its codes take the lowest integer too
 (-2 to 1 with two bits), and its scales are max |w| / (2^(b-1) - 1/2).
 
-Expected (relative error): GPTQ .0127 at 4 bits and, asymmetric, .067 at 2 bits; that of qwix .0146
-and .085. Writes ptq_digits.json and ptq_digits.png to --out (default report/ptq_digits).
+Expected (relative error): GPTQ .0127 at 4 bits and .081 at 2 bits (.066 asymmetric), BRECQ .0093
+and .030; GPTQ of qwix .0146 and .085. Writes ptq_digits.json and ptq_digits.png to --out (default
+report/ptq_digits).
 """
 
 import argparse
