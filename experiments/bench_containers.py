@@ -195,7 +195,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     counts = sorted({row["rows"] for row in rows})
-    size = (4.2 * len(counts), 4.2)
+    size = (4.2 * len(counts) + 2, 4.2)
+    colors = plt.get_cmap("tab20").colors
     shown, panels = plt.subplots(1, len(counts), figsize=size, layout="constrained", squeeze=False)
     for axes, m in zip(panels[0], counts):
         for i, name in enumerate(dict.fromkeys(r["name"] for r in rows if r["name"] != FLOAT)):
@@ -207,7 +208,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
                 ms=3,
                 lw=1,
                 ls="--" if name.startswith("dense") else "-",
-                color=f"C{i}" if i < 10 else "black",
+                color=colors[i],
                 label=name,
             )
         axes.axhline(1, color="0.4", lw=0.8)
@@ -215,7 +216,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=f"{m} row{'s' * (m > 1)}", xlabel="sparsity, %")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("times as fast as dense float32")
-    panels[0, -1].legend(frameon=False, fontsize=6)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    shown.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     shown.savefig(path, dpi=150)
     plt.close(shown)
 
