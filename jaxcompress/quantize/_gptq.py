@@ -175,6 +175,7 @@ def round_layer(layer: Layer, rounding: Rounding) -> QuantizedArray:
             )
     assert best is not None
     codes, scale, _ = best
+    del u, best, errors  # the factor is as large as the layer
     if search:
         offset = 0.0 if zero is None else spread(zero).astype(jnp.float32)
         numbers = codes.astype(jnp.float32) - offset  # eight bits do not hold the difference
