@@ -11,7 +11,7 @@ from jaxcompress.arrays._granularity import Axes, expand, reduce_groups
 
 __all__ = ["refitted"]
 
-_STEPS = 4  # of descent; the first is exact where each output has one scale
+_STEPS = 6  # of descent; the first is exact where each output has one scale
 
 
 @functools.partial(jax.jit, static_argnames=("matrices", "axis", "group_size"))
@@ -34,11 +34,8 @@ def refitted(
     total = lambda part: reduce_groups(matrices.join(part), axis, group_size, jnp.sum, 0.0)
     ratio = lambda a, b: jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
     times = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    # Of each scale alone: features of one group, which is the same for all outputs.
-    places = jnp.arange(scale.size, dtype=jnp.float32).reshape(scale.shape)
-    group = spread(places)[:, :, 0]
-    own = jnp.where(group[:, :, None] == group[:, None, :], hessian, 0.0)
-    curvature = total(numbers * times(own, numbers))
+    diagonal = jnp.diagonal(hessian, axis1=1, axis2=2)[..., None]
+    curvature = total(numbers**2 * diagonal)  # of each scale, as if features were independent
 
     def descend(_: jax.Array, scale: jax.Array) -> jax.Array:
         slope = total(numbers * times(hessian, w - numbers * spread(scale)))

@@ -53,7 +53,7 @@ def test_scales_come_near_the_least_squares(group):
     after = lost(h, w, numbers, np.asarray(got, np.float64), member)
     if group == K:  # exact in one step
         np.testing.assert_allclose(got, want, rtol=1e-5)
-    # Four steps of descent: of what there is to gain, a tenth is left at most.
+    # Six steps of descent: of what there is to gain, a tenth is left at most.
     assert np.all(after - best < 0.1 * (before - best) + 1e-6 * before)
 
 
