@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["peers", "sparse_peers"]
+__all__ = ["peers", "session", "sparse_peers"]
 
 Calls = list[Callable[[], Any]]
 
@@ -60,7 +60,8 @@ def _onnx_model(w: Any) -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def _session(model: bytes | str) -> Any:
+def session(model: bytes | str) -> Any:
+    """Of onnxruntime, for a model or the file of one, on as many threads as there are cores."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -79,14 +80,14 @@ def _onnxruntime(x: Any, weights: list[Any]) -> dict[str, Calls]:
     run = lambda session: lambda: session.run(None, {"x": x})
     for w in weights:
         model = _onnx_model(w)
-        calls["f32"].append(run(_session(model.SerializeToString())))
+        calls["f32"].append(run(session(model.SerializeToString())))
         with tempfile.TemporaryDirectory() as folder:
             target = str(Path(folder, "int8.onnx"))
             quantize_dynamic(model, target, per_channel=True, weight_type=QuantType.QInt8)
-            calls["dynamic int8"].append(run(_session(target)))
+            calls["dynamic int8"].append(run(session(target)))
         four = MatMulNBitsQuantizer(model, block_size=128, is_symmetric=True, accuracy_level=4)
         four.process()
-        calls["int4 g128, int8 sums"].append(run(_session(four.model.model.SerializeToString())))
+        calls["int4 g128, int8 sums"].append(run(session(four.model.model.SerializeToString())))
     return {f"onnxruntime {name}": c for name, c in calls.items()}
 
 

@@ -5,13 +5,13 @@ takes to load the model and to encode the texts. Each library is imported where 
 that neither pays for the other.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from _bench_peers import session
 from _harness import peak_bytes
 
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -33,19 +33,13 @@ def _jaxcompress(path: Path) -> Encode:
 
 
 def _onnxruntime(path: Path) -> Encode:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = os.cpu_count() or 1
-    # Threads that spin while they wait would slow down whoever is measured next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    run = session(str(path)).run
 
     def encode(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         size = tokens.shape[1]
         mask = (np.arange(size) < lengths[:, None]).astype(np.float32)
         feeds = {"tokens": tokens, "mask": mask, "size": np.array([size])}
-        return session.run(None, feeds)[0]
+        return run(None, feeds)[0]
 
     return encode
 

@@ -15,19 +15,12 @@ from jaxcompress.io import _coded, _save
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import trees
+from trees import assert_same
 
 
 def through(tmp_path, tree):
     jc.io.save(tmp_path / "file", tree, compress=True)
     return jc.io.load(tmp_path / "file")
-
-
-def assert_same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        assert isinstance(a, jax.Array)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_every_container_and_model(tmp_path):

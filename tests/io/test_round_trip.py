@@ -18,20 +18,12 @@ from checks import random
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import trees
+from trees import assert_same
 
 
 def through(tmp_path, tree, **kwargs):
     jc.io.save(tmp_path / "file.safetensors", tree)
     return jc.io.load(tmp_path / "file.safetensors", **kwargs)
-
-
-def assert_same(got, want):
-    """The same structure, static fields, dtypes and bits."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        assert isinstance(a, jax.Array)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_every_container(tmp_path):

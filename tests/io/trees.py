@@ -44,3 +44,12 @@ def compressed():
     params = jc.prune.pack(params, masks)
     params = jc.prune.low_rank(params, ["thin/kernel"], rank=3)
     return jc.quantize.prepare_qat(params, {"twin": jc.quantize.w4a8()}, learn_scale=True)
+
+
+def assert_same(got, want):
+    """The same structure, static fields, dtypes and bits."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert isinstance(a, jax.Array)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -9,7 +9,7 @@ import optax
 
 from jaxcompress.distill.dataset._augment import Augmentation, augment
 
-__all__ = ["Learned", "Method", "check_images", "check_real", "dc", "dm"]
+__all__ = ["Learned", "Method", "check_images", "check_real", "dc", "dm", "method_of", "stepped"]
 
 
 class Learned(NamedTuple):
@@ -101,7 +101,7 @@ def dm(
         gap = means(images, augment_key) - jax.lax.stop_gradient(means(real, augment_key))
         return jnp.sum(gap**2)
 
-    return _method(jax.jit(jax.value_and_grad(distance, 1)), tx)
+    return method_of(jax.jit(jax.value_and_grad(distance, 1)), tx)
 
 
 def dc(
@@ -170,7 +170,7 @@ def dc(
         losses, slopes = zip(*found)
         return jnp.sum(jnp.stack(losses)), jnp.stack(slopes)
 
-    return _method(slope, tx)
+    return method_of(slope, tx)
 
 
 def _apart(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -184,7 +184,7 @@ def _apart(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(there, 1 - product / jnp.sqrt(jnp.where(there, square, 1.0)), 0.0))
 
 
-def _method(
+def method_of(
     slope: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     tx: optax.GradientTransformation,
 ) -> Method:
@@ -194,10 +194,7 @@ def _method(
         check_images(images)
         return Learned(images, tx.init(images))
 
-    @jax.jit
-    def move(learned: Learned, gradient: jax.Array) -> Learned:
-        updates, state = tx.update(gradient, learned.state, learned.images)
-        return Learned(optax.apply_updates(learned.images, updates), state)
+    move = jax.jit(lambda learned, gradient: stepped(tx, learned.images, learned.state, gradient))
 
     def update(key: jax.Array, learned: Learned, real: jax.Array) -> tuple[Learned, jax.Array]:
         check_real(learned.images, real)
@@ -205,6 +202,14 @@ def _method(
         return move(learned, gradient), loss
 
     return Method(start, update)
+
+
+def stepped(
+    tx: optax.GradientTransformation, images: jax.Array, state: Any, gradient: jax.Array
+) -> Learned:
+    """The images after a step of their optimizer."""
+    updates, state = tx.update(gradient, state, images)
+    return Learned(optax.apply_updates(images, updates), state)
 
 
 def check_images(images: jax.Array) -> None:

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.distill.dataset._augment import Augmentation, augment
-from jaxcompress.distill.dataset._matching import Learned, Method, check_images, check_real
+from jaxcompress.distill.dataset._matching import (
+    Learned,
+    Method,
+    check_images,
+    check_real,
+    method_of,
+    stepped,
+)
 
 __all__ = ["frepo", "kip", "relu_ntk"]
 
@@ -100,24 +107,12 @@ def kip(kernel: Kernel, tx: optax.GradientTransformation, *, ridge: float = 1e-6
     """
     _check_ridge(ridge)
 
-    @jax.jit
-    def step(learned: Learned, real: jax.Array) -> tuple[Learned, jax.Array]:
-        def loss(images: jax.Array) -> jax.Array:
-            flat = _flat(images)
-            return _regression(kernel(flat, flat), kernel(_flat(real), flat), images, real, ridge)
+    def loss(images: jax.Array, real: jax.Array) -> jax.Array:
+        flat = _flat(images)
+        return _regression(kernel(flat, flat), kernel(_flat(real), flat), images, real, ridge)
 
-        return _moved(tx, learned.images, learned.state, jax.value_and_grad(loss))
-
-    def init(images: jax.Array) -> Learned:
-        check_images(images)
-        return Learned(images, tx.init(images))
-
-    def update(key: jax.Array, learned: Learned, real: jax.Array) -> tuple[Learned, jax.Array]:
-        del key  # nothing is drawn
-        check_real(learned.images, real)
-        return step(learned, real)
-
-    return Method(init, update)
+    run = jax.jit(jax.value_and_grad(loss))
+    return method_of(lambda _, images, real: run(images, real), tx)  # nothing is drawn
 
 
 class Pool(NamedTuple):
@@ -209,15 +204,16 @@ def frepo(
 
         def seen(x: jax.Array) -> jax.Array:
             # One key for both: what happens to the real happens to the learned.
-            x = _flat(x) if augmentation is None else augment(augment_key, _flat(x), augmentation)
-            return x
+            x = _flat(x)
+            return x if augmentation is None else augment(augment_key, x, augmentation)
 
         def loss(images: jax.Array) -> jax.Array:
             f = lambda x: features(params, seen(x)).reshape(x.shape[0] * x.shape[1], -1)
             ours, theirs = f(images), jax.lax.stop_gradient(f(real))
             return _regression(ours @ ours.T, theirs @ ours.T, images, real, ridge)
 
-        moved, value = _moved(tx, learned.images, held.state, jax.value_and_grad(loss))
+        value, gradient = jax.value_and_grad(loss)(learned.images)
+        moved = stepped(tx, learned.images, held.state, gradient)
 
         def training(params: Any) -> jax.Array:
             logits = apply(params, seen(moved.images))
@@ -266,11 +262,3 @@ def _regression(
     damped = ours + ridge * mean * jnp.eye(len(ours))
     weights = jax.scipy.linalg.solve(damped, of(images), assume_a="pos")
     return jnp.mean(jnp.sum((of(real) - cross @ weights) ** 2, -1))
-
-
-def _moved(
-    tx: optax.GradientTransformation, images: jax.Array, state: Any, slope: Any
-) -> tuple[Learned, jax.Array]:
-    value, gradient = slope(images)
-    updates, state = tx.update(gradient, state, images)
-    return Learned(optax.apply_updates(images, updates), state), value

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.distill.dataset._augment import Augmentation, augment
-from jaxcompress.distill.dataset._matching import Learned, Method, check_images
+from jaxcompress.distill.dataset._matching import Learned, Method, check_images, stepped
 
 __all__ = ["Rated", "expert", "mtt"]
 
@@ -141,12 +141,10 @@ def mtt(
         value, (slope, rate_slope) = jax.value_and_grad(apart, (0, 1))(
             images, held.log_rate, key, ends
         )
-        updates, state = tx.update(slope, held.state, images)
+        moved = stepped(tx, images, held.state, slope)
         rate_updates, rate_state = adapt.update(rate_slope, held.rate_state, held.log_rate)
         log_rate = optax.apply_updates(held.log_rate, rate_updates)
-        return Learned(
-            optax.apply_updates(images, updates), Rated(state, log_rate, rate_state)
-        ), value
+        return Learned(moved.images, Rated(moved.state, log_rate, rate_state)), value
 
     def init(images: jax.Array) -> Learned:
         check_images(images)
