@@ -7,7 +7,8 @@ LeNet-300-100 on all of Fashion-MNIST (Debian's dataset-fashion-mnist), every se
 program; a CNN of 16 and 32 channels on 20,000 of its images. Each method gets the same
 updates, and the accuracy is that of the last epoch. Expected: iterative magnitude pruning
 beats one-shot, and RigL beats SET, at 98 %. A run that is cut off goes on where it was:
-finished trainings lie in build/prune_fashion. Writes experiments/results/prune_fashion.json.
+finished trainings lie in build/prune_fashion. Writes prune_fashion.json and prune_fashion.png
+to experiments/results.
 """
 
 import json
@@ -205,9 +206,42 @@ def show(record: dict[str, Any], out: Path) -> None:
     console.print(f"Written: {out}", soft_wrap=True)
 
 
+def draw(record: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), width_ratios=(2, 1))
+    for axis, network, title in zip(axes, ("mlp", "cnn"), ("LeNet-300-100", "CNN")):
+        rows = [r for r in record["runs"] if r["network"] == network]
+        for i, name in enumerate(dict.fromkeys(r["method"] for r in rows)):
+            mine = sorted((r for r in rows if r["method"] == name), key=lambda r: r["sparsity"])
+            accuracy = [100 * np.array(r["accuracy"]) for r in mine]
+            style = {"color": f"C{i % 10}", "label": name}
+            if name == "dense":
+                axis.axhline(accuracy[0].mean(), color="black", ls=":", label="dense")
+                continue
+            axis.errorbar(
+                [f"{100 * r['sparsity']:g}" for r in mine],
+                [a.mean() for a in accuracy],
+                yerr=[a.std(ddof=min(1, a.size - 1)) for a in accuracy],
+                fmt="s" if len(mine) == 1 else "o-" if i < 10 else "^--",
+                capsize=2,
+                **style,
+            )
+        axis.set(xlabel="zeros, %", ylabel="test accuracy, %", title=title)
+        axis.legend(frameon=False, fontsize=8, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     options = arguments()
-    need("flax", "rich", "jaxcompress")
+    need("flax", "matplotlib", "rich", "jaxcompress")
     options.work.mkdir(parents=True, exist_ok=True)
     found = train_all(options)
     record = {
@@ -219,6 +253,7 @@ def main() -> None:
         "claims": claims(found),
     }
     write_json(options.out, record)
+    draw(record, options.out.with_suffix(".png"))
     show(record, options.out)
 
 
