@@ -18,7 +18,7 @@ from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._rounding import encode, range_scale, scale_of
 from jaxcompress.ops import _int8_matmul, _quantized_matmul, _w4a8_matmul
-from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
+from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
 from jaxcompress.ops._cpu import cpu_refuses, needs_packing
 from jaxcompress.ops._gradients import quantized_gradient_dot
 from jaxcompress.ops._int8_matmul import check_sums, int8_matmul, scaled_sums
@@ -100,7 +100,7 @@ def plan(
         native, _ = _table(_Static(w.act, group, transpose_w, _bits(w)))
         if native.refuses(problem, platform) is None:
             table = (native,)
-    choice = choose(table, problem, platform)
+    choice = explained(table, problem, platform)
     if isinstance(w, PrepackedArray):
         if choice.implementation.name != "cpu":
             choice = choice._replace(why=f"{choice.why}; put back from the CPU kernels' order")
