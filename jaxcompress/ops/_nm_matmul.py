@@ -34,6 +34,7 @@ class _Static:
     implementation: str | None
     bits: int = 8
     group_size: int | None = None
+    scaled: bool = False
 
 
 def nm_matmul(
@@ -68,9 +69,10 @@ def nm_matmul(
       group_size: the neighbouring `k`, a multiple of `m`, that share a scale.
       dtype: of the result where `x` is of floats; None for float32, or that of `x` where it
         is wider.
-      implementation: "pallas_tpu" or "triton" (zeros put back in fast memory), "reference"
-        (zeros put back in memory), or None for the first that serves the shape on the
-        platform.
+      implementation: "pallas_tpu" or "triton" (zeros put back in fast memory),
+        "triton_sparse" (NVIDIA's sparse tensor cores, two of four, only by name: no device
+        has run it), "reference" (zeros put back in memory), or None for the first that
+        serves the shape on the platform.
 
     Returns:
       `[..., rows, columns]`, summed in float32; exact int32 where `x` is int8.
@@ -146,6 +148,7 @@ def nm_matmul(
         implementation,
         bits if values.dtype == jnp.uint8 else 8,
         group_size if group_size is not None and group_size < k else None,
+        scale is not None,
     )
     return _matmul(static, x, values, indices, scale).reshape(*lead, rows, columns)
 
@@ -216,6 +219,13 @@ def _triton(static, *operands):
     return _by_kernel(static, kernel.nm_matmul, chip("cuda") or chip("rocm"), True, *operands)
 
 
+def _triton_sparse(static, x, values, indices, scale):
+    from jaxcompress.kernels.nm_matmul import triton_sparse as kernel
+
+    run = functools.partial(kernel.nm_matmul, dtype=static.dtype, chip=chip("cuda"))
+    return call_kernel(run, ("bmk", "bsn", "bpn"), x, values, indices)
+
+
 def _by_kernel(static, kernel, chip, is_cut, x, values, indices, scale):
     run = functools.partial(
         kernel,
@@ -255,8 +265,27 @@ def _table(static: _Static) -> tuple[Implementation, ...]:
     return (
         Implementation("pallas_tpu", does, run(_pallas_tpu), tpu_refuses, defers, tpu_blocks),
         Implementation("triton", does, run(_triton), gpu_refuses, defers, gpu_blocks),
+        Implementation(
+            "triton_sparse",
+            "half the products, on sparse tensor cores",
+            run(_triton_sparse),
+            functools.partial(_sparse_refuses, static),
+            lambda problem, platform: "no device has run it",
+        ),
         Implementation("reference", "zeros are put back, then a dense product", run(_reference)),
     )
+
+
+def _sparse_refuses(static: _Static, problem: Problem, platform: str) -> str | None:
+    if platform != "cuda":
+        return "it is for NVIDIA's sparse tensor cores"
+    if (static.n, static.m) != (2, 4):
+        return f"they take two of four, not {static.n}:{static.m}"
+    if static.weights != problem.dtype or problem.dtype not in ("bfloat16", "float16", "int8"):
+        return f"it takes bfloat16, float16 or int8 alike, not {problem.dtype} x {static.weights}"
+    if static.bits < 8 or static.scaled:
+        return "it takes values as they are, neither packed nor scaled"
+    return no_triton(platform)
 
 
 def _refused(static: _Static, problem: Problem, kinds: tuple[str, ...]) -> str | None:

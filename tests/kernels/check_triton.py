@@ -12,10 +12,12 @@ from int8_matmul_suite import Int8MatmulSuite
 from jaxcompress.kernels.block_sparse_matmul import triton as block_kernel
 from jaxcompress.kernels.int8_matmul import triton as int8_kernel
 from jaxcompress.kernels.nm_matmul import triton as nm_kernel
+from jaxcompress.kernels.nm_matmul import triton_sparse as sparse_kernel
 from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
 from jaxcompress.kernels.w4a8_matmul import triton as w4a8_kernel
 from jaxcompress.ops._kernels import CHIPS
 from nm_matmul_suite import NMMatmulSuite
+from nm_matmul_suite import check as nm_check
 from nm_matmul_suite import problem as nm_problem
 from quantized_matmul_suite import QuantizedMatmulSuite, problem
 from triton_on_numpy import count_loads, triton_call
@@ -65,6 +67,15 @@ class TestBlockSparseMatmul(BlockSparseMatmulSuite):
 class TestNMMatmul(NMMatmulSuite):
     def run(self, *arrays, **options):
         return interpreted(nm_kernel.nm_matmul, arrays, options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 20, 66)])
+def test_two_of_four_by_an_emulated_sparse_instruction(dtype, shape):
+    """Places come in any order; the instruction wants them to ascend."""
+    arrays, x, w = nm_problem(*shape, dtype=dtype)
+    options = {} if dtype == "int8" else dict(dtype=dtype)
+    nm_check(interpreted(sparse_kernel.nm_matmul, arrays, options), x, w, dtype)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])

@@ -1,4 +1,4 @@
-"""Breaks the kernels in four ways and sees their suites fail.
+"""Breaks the kernels in five ways and sees their suites fail.
 
 python tests/kernels/faults.py: each fault is put into a copy of the repository, and the
 tests that it names have to fail there, and pass without it.
@@ -56,6 +56,13 @@ FAULTS = [
         "                total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)\n",
         "",
         [*GPU, "TestW4A8Matmul and scales_of_one"],
+    ),
+    Fault(
+        "values that do not follow the order of their places",
+        "nm_matmul triton_sparse",
+        "return tl.where(ordered, a, b), tl.where(ordered, b, a)",
+        "return a, b",
+        [*GPU, "sparse_instruction and shape1-int8"],
     ),
 ]
 

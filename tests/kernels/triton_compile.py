@@ -38,6 +38,7 @@ from expected import Report
 from jaxcompress.kernels.block_sparse_matmul import triton as block_kernel
 from jaxcompress.kernels.int8_matmul import triton as int8_kernel
 from jaxcompress.kernels.nm_matmul import triton as nm_kernel
+from jaxcompress.kernels.nm_matmul import triton_sparse as sparse_kernel
 from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
 from jaxcompress.kernels.w4a8_matmul import triton as w4a8_kernel
 from jaxcompress.ops._kernels import call_kernel
@@ -47,6 +48,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NAMES = {
     "int8": "i8",
     "uint8": "u8",
+    "int16": "i16",
     "int32": "i32",
     "float32": "fp32",
     "bfloat16": "bf16",
@@ -136,7 +138,8 @@ def compiled(kernel, args, options, chip, block=None):
         made.append((triton.compile(source, target=target, options=with_), num_warps))
         return jnp.zeros(out_shape.shape, out_shape.dtype)
 
-    run = functools.partial(kernel, chip=chip, interpret=compile_only, block=block, **options)
+    cut = {} if block is None else {"block": block}
+    run = functools.partial(kernel, chip=chip, interpret=compile_only, **cut, **options)
     jax.eval_shape(run, *args)
     [result] = made
     return result
@@ -163,7 +166,9 @@ def facts_of(binary, warps, chip):
         usage = ask(TOOLS / "cuobjdump", "-res-usage", file.name)
         text = ask(TOOLS / "nvdisasm", file.name)
     return {
-        "matmul": sorted(set(re.findall(r"\b(?:IMMA|IGMMA|HMMA|HGMMA|UTC\w*MMA)\b", text))),
+        "matmul": sorted(
+            set(re.findall(r"\b(?:IMMA|IGMMA|HMMA|HGMMA|UTC\w*MMA)(?:\.SP)?\b", text))
+        ),
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", text)),
         "shared": binary.metadata.shared,
@@ -194,6 +199,29 @@ def check_compiles(report, chip):
             report.check(op, "triton", chip, case, facts, verdict(op, facts, chip))
 
 
+def check_sparse(report, chip):
+    """The sparse tensor cores, by inline PTX: what a thread holds is what the kernel says.
+
+    It counts on one number a thread, in their order, and that none moves to another one.
+    """
+    for kind, name in (("bfloat16", "HMMA.SP"), ("int8", "IMMA.SP")):
+        args, options = nm_case(16, 4096, 4096, dtype=kind)
+        del options["pattern"]
+        binary, warps = compiled(sparse_kernel.nm_matmul, args, options, chip)
+        facts = facts_of(binary, warps, chip)
+        wrong = verdict("nm_matmul", facts, chip)
+        if facts["matmul"] != [name]:
+            wrong = f"not {name}: {facts}"
+        text = binary.asm["ttgir"]
+        layouts = re.findall(r"#ttg.blocked<(.*)>", text)
+        plain = (
+            f"{{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{warps}], order = [0]}}"
+        )
+        if layouts != [plain] or "convert_layout" in text:
+            wrong = f"numbers lie otherwise: {layouts}"
+        report.check("nm_matmul", "triton_sparse", chip, f"2:4, {kind}", facts, wrong)
+
+
 def lowered(fn, *args):
     """The program for an NVIDIA GPU; jax_triton compiles the kernel for it on the way."""
     return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
@@ -215,6 +243,12 @@ def check_launches(report, chip):
     run = functools.partial(nm_kernel.nm_matmul, chip=chip, **options)
     wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
     report.check("nm_matmul", "triton", chip, "called by jax_triton", wrong=wrong)
+
+    args, options = nm_case(16, 512, 256, dtype="int8")
+    del options["pattern"]
+    run = functools.partial(sparse_kernel.nm_matmul, chip=chip, **options)
+    wrong = None if "triton_kernel_call" in lowered(run, *args) else "no kernel"
+    report.check("nm_matmul", "triton_sparse", chip, "called by jax_triton", wrong=wrong)
 
     args, options = block_case(16, 512, 256, (32, 32))
     run = functools.partial(block_kernel.block_sparse_matmul, chip=chip, **options)
@@ -259,6 +293,8 @@ def main():
     report = Report("expected_triton.json", versions)
     for chip in SHARED:
         check_compiles(report, chip)
+        if not chip.startswith("gfx") and report.wants("nm_matmul"):
+            check_sparse(report, chip)
     if report.wants("int8_matmul"):
         check_that_spills_are_seen(report)
         check_rooflines(report)

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from triton.runtime import interpreter
 
+from sparse_mma import inline_asm
+
 _WALL = 4096  # bytes
 _POISON = 0x7E  # 126 as int8, about 8e37 as float32
 
@@ -120,7 +122,7 @@ def triton_call(
         memories.append(memory)
     _places[:] = [(array.ctypes.data, array.nbytes) for array in arrays]
     before = [array.copy() for array in arrays[:-1]]
-    patched = {"create_dot": _dot, "cast_impl": _cast}
+    patched = {"create_dot": _dot, "cast_impl": _cast, "create_inline_asm": inline_asm}
     with unittest.mock.patch.multiple(interpreter.interpreter_builder, **patched):
         kernel[grid](*map(_Tensor, arrays), **constants)
     for memory in memories:

@@ -14,6 +14,7 @@ import jaxcompress as jc
 import oracles
 from checks import assert_sums, random
 from jaxcompress.ops import _kernels, _nm_matmul
+from jaxcompress.ops._choice import Problem
 
 
 def problem(lead, groups, columns, n, m, *, codes=False, seed=0):
@@ -171,6 +172,29 @@ def test_explain_and_the_program_agree_for_tpus(spec):
     exported = jax.export.export(jax.jit(jc.accelerate(fn)), platforms=["tpu"])(params, x)
     assert exported.mlir_module().count("@tpu_custom_call") == 1
     assert "512x256x" not in exported.mlir_module()  # no dense weight
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "reason"),
+    [
+        ({}, "bfloat16", "no device has run it"),
+        (dict(n=1), "bfloat16", "two of four, not 1:4"),
+        ({}, "float32", "alike, not float32 x bfloat16"),
+        (dict(weights="int8", bits=4), "int8", "neither packed nor scaled"),
+        (dict(scaled=True), "bfloat16", "neither packed nor scaled"),
+    ],
+)
+def test_sparse_tensor_cores_are_taken_by_name_alone(changes, dtype, reason, monkeypatch):
+    monkeypatch.setattr(_kernels, "_has_jax_triton", lambda: True)
+    monkeypatch.setattr(_kernels, "chip", lambda platform: "9.0")
+    options = dict(n=2, m=4, weights="bfloat16", dtype=dtype, implementation=None)
+    table = _nm_matmul._table(_nm_matmul._Static(**{**options, **changes}))
+    [sparse] = [i for i in table if i.name == "triton_sparse"]
+    problem = Problem(m=16, k=1024, n=1024, dtype=dtype)
+    said = sparse.refuses(problem, "cuda") or sparse.defers(problem, "cuda")
+    assert reason in said
+    assert (sparse.refuses(problem, "cuda") is None) == (not changes and dtype == "bfloat16")
+    assert "NVIDIA" in sparse.refuses(problem, "tpu")
 
 
 VALUES, INDICES = np.ones((16, 4), np.float32), np.zeros((16, 4), np.uint8)
