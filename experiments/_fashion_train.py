@@ -119,7 +119,8 @@ def fit(
 
         def objective(params):
             ours = look(params["student"], images)
-            losses, after = method.loss(ours, theirs or ours, labels, params["extra"], memory, batch)
+            extra, teacher = params["extra"], theirs or ours
+            losses, after = method.loss(ours, teacher, labels, extra, memory, batch)
             return jnp.mean(losses), after
 
         grads, after = jax.grad(objective, has_aux=True)(params)
