@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcompress._accelerate._products import shaped
 from jaxcompress.arrays import BlockSparseArray
 from jaxcompress.arrays._uses import listener
-from jaxcompress.ops._block_sparse import block_sparse_matmul, plan
+from jaxcompress.ops._block_sparse import multiply_blocks, plan
 from jaxcompress.ops._linear import encode_activations
 
 __all__ = ["block_sparse"]
@@ -42,27 +43,38 @@ def block_sparse(
         static = None if w.act_scale is None else w.act_scale.reshape(*batch, 1, 1)
         rows, x_scale, _ = encode_activations(rows, w.act, static)
     is_scaled = w.qtype is not None or x_scale is not None
-    blocks, columns = w.blocks(), w.matrix[1]
-    out = block_sparse_matmul(
-        rows,
-        blocks,
-        w.rows,
-        columns=columns,
-        counts=w.counts,
-        dtype=None if is_scaled else dtype,
-    )
-    if x_scale is not None:
-        out = out * x_scale
-    if w.qtype is not None:
-        scale = w.scale.astype(jnp.float32)
-        out = out * (jnp.swapaxes(scale, -1, -2) if w.transposed else scale)
+    columns = w.matrix[1]
     here = listener()
     if here is not None:
-        kinds = blocks.dtype.name, rows.dtype.name
+        kinds = w.blocks().dtype.name, rows.dtype.name
         choice = plan(rows.shape[-2], k, columns, w.block, *kinds, here.platform)
         name = choice.implementation.name
         w.note(lax.dot_general_p, "block_sparse_matmul", name, choice.why)
-    out = out.reshape(*batch, *(x.shape[d] for d in x_free), columns).astype(dtype)
+
+    def multiply(rows, w, bias=None, activation=None, residual=None):
+        return multiply_blocks(
+            rows,
+            w.blocks(),
+            w.rows,
+            columns=columns,
+            counts=w.counts,
+            dtype=None if is_scaled else dtype,
+            bias=bias,
+            activation=activation,
+            residual=residual,
+        )
+
+    free = [x.shape[d] for d in x_free]
+    if is_scaled:
+        out = multiply(rows, w)
+        if x_scale is not None:
+            out = out * x_scale
+        if w.qtype is not None:
+            scale = w.scale.astype(jnp.float32)
+            out = out * (jnp.swapaxes(scale, -1, -2) if w.transposed else scale)
+        out = out.astype(dtype).reshape(*batch, *free, columns)
+    else:
+        out = shaped(multiply, (rows, w), batch, free, [columns])
     if weight_first:
         b = len(batch)
         out = jnp.moveaxis(out, -1, b)

@@ -20,6 +20,7 @@ TARGETS = (
     "jaxcompress_quantized_matmul",
     "jaxcompress_sparse_matmul",
     "jaxcompress_block_matmul",
+    "jaxcompress_quantized_block_matmul",
 )
 
 # Best first, as the library tries them. The variable names one instead, for tests.

@@ -7,7 +7,7 @@
 namespace jaxcompress {
 
 bool multiply(const Path& path, const BlockProblem& p, const float* x, const float* values,
-              const int32_t* rows, const Workers& workers, float* out) {
+              const int32_t* rows, const Epilogue& then, const Workers& workers, float* out) {
   if (p.batch == 0 || p.m == 0 || p.n == 0) return true;
   const size_t across = p.across(), down = (p.k + p.height - 1) / p.height;
   // 48 rows pass the blocks of 64 columns, which then are in the second cache.
@@ -32,6 +32,10 @@ bool multiply(const Path& path, const BlockProblem& p, const float* x, const flo
     for (size_t c = 0; c < width; c += kColumns) {
       path.sparse->blocks(x + (batch * p.m + row) * p.k, count, p.k, p.k, blocks, c,
                           std::min(kColumns, width - c), to + c, p.n);
+      if (then.empty()) continue;
+      const size_t first = a * p.width + c;
+      path.epilogue(then.from(batch * p.n + first, (batch * p.m + row) * p.n + first), count,
+                    std::min(kColumns, width - c), to + c, p.n);
     }
   });
   return valid;

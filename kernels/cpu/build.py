@@ -45,6 +45,7 @@ _PORTABLE = {
     "matmul.cc": (),
     "sparse.cc": (),
     "blocks.cc": (),
+    "block_codes.cc": (),
     "paths.cc": (),
     "path_portable.cc": (),
     "sparse_portable.cc": _FUSED,

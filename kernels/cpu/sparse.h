@@ -52,7 +52,8 @@ struct SparseRows {
 
 // out[batch][m][n]; false if the runs or the places are not those of a k x n matrix.
 bool multiply(const Path& path, const SparseProblem& p, SparseRows rows,
-              const SparseWeights& weights, const Workers& workers, uint8_t* scratch, float* out);
+              const SparseWeights& weights, const Epilogue& then, const Workers& workers,
+              uint8_t* scratch, float* out);
 
 // Whole blocks are kept, in every column of blocks as many.
 struct BlockProblem {
@@ -61,11 +62,29 @@ struct BlockProblem {
   size_t slots;          // blocks that each column of blocks keeps
 
   size_t across() const { return (n + width - 1) / width; }
+  size_t down() const { return (k + height - 1) / height; }
 };
 
 // out[batch][m][n] of x[batch][m][k], values[batch][across][slots][height][width] and the rows
 // of blocks[batch][across][slots]; false if one of these is not in the matrix.
 bool multiply(const Path& path, const BlockProblem& p, const float* x, const float* values,
-              const int32_t* rows, const Workers& workers, float* out);
+              const int32_t* rows, const Epilogue& then, const Workers& workers, float* out);
+
+// The same of int8 codes, for rows that become codes first.
+struct BlockCodes {
+  // `[batch][across]`, then panels of all slots of a column of blocks, [width / 16][slots]
+  // [height / 4][16][4], codes plus 128; or, with `by_rows`, [slots][height][width], plain codes.
+  const uint8_t* values;
+  bool by_rows;
+  const float* scale;  // [batch][n]
+  // Bytes of the scratch buffer: codes of the rows, sums of each row of blocks, scales.
+  static size_t stride(const BlockProblem& p);
+  static size_t scratch_bytes(const BlockProblem& p);
+};
+
+// `height` a multiple of 4.
+bool multiply(const Path& path, const BlockProblem& p, SparseRows x, const BlockCodes& weights,
+              const int32_t* rows, const Epilogue& then, const Workers& workers, uint8_t* scratch,
+              float* out);
 
 }  // namespace jaxcompress

@@ -81,8 +81,8 @@ ROWS = np.zeros((1, 1, 1), np.int32)
 )
 def test_the_native_side_returns_an_error(message, values, rows, width):
     out = jax.ShapeDtypeStruct((1, 2, 16), jnp.float32)
-    static = dict(height=np.int64(4), width=np.int64(width), path="")
+    static = dict(height=np.int64(4), width=np.int64(width), activation=np.int64(0), path="")
     call = jax.jit(lambda *a: jax.ffi.ffi_call("jaxcompress_block_matmul", out)(*a, **static))
     if PATHS:
         with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-            jax.block_until_ready(call(X, values, rows))
+            jax.block_until_ready(call(X, values, rows, *[np.zeros(0, np.float32)] * 2))
