@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
-from jaxcompress.ops._epilogue import finish
+from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton, not_cut
 
 __all__ = ["block_sparse_matmul", "plan"]
@@ -361,24 +361,23 @@ def _cpu(static, x, blocks, rows, counts, bias, residual):
         x,
         blocks,
         rows,
+        counts,
         static.columns,
         bias,
         residual,
         activation=static.activation,
-        otherwise=_by_xla(static, bias is not None, residual is not None),
+        otherwise=_by_xla(static, *(a is not None for a in (counts, bias, residual))),
     )
     return out.astype(static.dtype)
 
 
 @functools.cache
-def _by_xla(static: _Static, has_bias: bool, has_residual: bool) -> Callable[..., jax.Array]:
+def _by_xla(static: _Static, *has: bool) -> Callable[..., jax.Array]:
     """What an exported program does for the native call: one function for each number."""
     static = dataclasses.replace(static, dtype="float32")
 
     def run(x, blocks, rows, *more):
-        bias = more[0] if has_bias else None
-        residual = more[-1] if has_residual else None
-        return _finished(_gathered)(static, x, blocks, rows, None, bias, residual)
+        return _finished(_gathered)(static, x, blocks, rows, *in_places(has, more))
 
     return run
 

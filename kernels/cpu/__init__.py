@@ -24,7 +24,7 @@ TARGETS = (
 )
 
 # Best first, as the library tries them. The variable names one instead, for tests.
-PATHS = ("avx512vnni", "avx512vnni256", "avxvnni", "avx2", "portable")
+PATHS = ("avx512vnni", "avx512vnni256", "avxvnni", "avx2", "neondot", "portable")
 PATH_VARIABLE = "JAXCOMPRESS_CPU_PATH"
 
 _registering = threading.Lock()

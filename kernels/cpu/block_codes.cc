@@ -23,9 +23,8 @@ struct Codes {
 class Tile {
  public:
   Tile(const Path& path, const BlockProblem& p, const Codes& x, const BlockCodes& w,
-       const int32_t* rows, const std::vector<int32_t>& starts, size_t column, size_t row,
-       size_t count)
-      : path_(path), p_(p), w_(w), rows_(rows), starts_(starts), count_(count),
+       const std::vector<int32_t>& starts, size_t column, size_t row, size_t count)
+      : path_(path), p_(p), w_(w), starts_(starts), count_(count),
         stride_(BlockCodes::stride(p)), first_(column / p.across() * p.m + row),
         codes_(x.codes + first_ * stride_), sums_(x.sums + first_ * p.down()),
         scales_(x.scales + first_),
@@ -36,14 +35,16 @@ class Tile {
     const size_t panels = (columns + kPanel - 1) / kPanel;
     for (size_t i = 0; i < count_; ++i) {
       uint32_t sum = 0;
-      for (size_t s = 0; s < p_.slots; ++s) sum += static_cast<uint32_t>(sums_[i * p_.down() + rows_[s]]);
+      for (const int32_t start : starts_) {
+        sum += static_cast<uint32_t>(sums_[i * p_.down() + start / p_.height]);
+      }
       std::fill_n(acc_ + i * kColumns, kColumns, -128u * sum);
     }
     if (w_.by_rows) {
-      for (size_t s = 0; s < p_.slots; ++s) gathered(s, c, panels);
+      for (size_t s = 0; s < starts_.size(); ++s) gathered(s, c, panels);
     } else {
       const size_t pitch = p_.slots * p_.height * kPanel;
-      multiply(starts_.data(), p_.slots, values_ + c / kPanel * pitch, panels, pitch,
+      multiply(starts_.data(), starts_.size(), values_ + c / kPanel * pitch, panels, pitch,
                p_.height / kQuad);
     }
     path_.finish(acc_, count_, columns, scales_, scale, out, p_.n);
@@ -75,7 +76,6 @@ class Tile {
   const Path& path_;
   const BlockProblem& p_;
   const BlockCodes& w_;
-  const int32_t* const rows_;
   const std::vector<int32_t>& starts_;
   const size_t count_, stride_, first_;
   const int8_t* const codes_;
@@ -115,27 +115,27 @@ size_t BlockCodes::scratch_bytes(const BlockProblem& p) {
 }
 
 bool multiply(const Path& path, const BlockProblem& p, SparseRows x, const BlockCodes& weights,
-              const int32_t* rows, const Epilogue& then, const Workers& workers, uint8_t* scratch,
+              BlockPlaces places, const Epilogue& then, const Workers& workers, uint8_t* scratch,
               float* out) {
   if (p.batch == 0 || p.m == 0 || p.n == 0) return true;
   const Codes codes = quantize(path, p, x, workers, scratch);
-  const size_t across = p.across(), down = p.down(), chunks = (p.m + kRows - 1) / kRows;
+  const size_t across = p.across(), chunks = (p.m + kRows - 1) / kRows;
   const bool alone = p.m * p.batch * across * p.slots * p.height * p.width < kSmall;
   std::atomic<bool> valid{true};
   each(workers, alone, p.batch * across * chunks, [&](size_t task) {
     const size_t column = task / chunks, batch = column / across, a = column % across;
-    const int32_t* kept = rows + column * p.slots;
-    std::vector<int32_t> starts(p.slots);
-    for (size_t s = 0; s < p.slots; ++s) {
-      if (kept[s] < 0 || static_cast<size_t>(kept[s]) >= down) {
-        valid = false;
-        return;
-      }
-      starts[s] = kept[s] * static_cast<int32_t>(p.height);
+    const int64_t used = places.used(p, column);
+    if (used < 0) {
+      valid = false;
+      return;
+    }
+    std::vector<int32_t> starts(used);
+    for (size_t s = 0; s < starts.size(); ++s) {
+      starts[s] = places.rows[column * p.slots + s] * static_cast<int32_t>(p.height);
     }
     const size_t row = task % chunks * kRows, count = std::min(kRows, p.m - row);
     const size_t width = std::min(p.width, p.n - a * p.width);
-    Tile tile(path, p, codes, weights, kept, starts, column, row, count);
+    Tile tile(path, p, codes, weights, starts, column, row, count);
     for (size_t c = 0; c < width; c += kColumns) {
       const size_t columns = std::min(kColumns, width - c), first = a * p.width + c;
       const size_t at = (batch * p.m + row) * p.n + first;

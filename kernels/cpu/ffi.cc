@@ -241,7 +241,8 @@ ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
 }
 
 ffi::Error BlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> values,
-                       ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::F32> bias,
+                       ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> counts,
+                       ffi::Buffer<ffi::F32> bias,
                        ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> out,
                        int64_t height, int64_t width, int64_t activation,
                        std::string_view path_name) {
@@ -254,6 +255,9 @@ ffi::Error BlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   const size_t columns = p.batch * p.across();
   if (columns > 0) p.slots = rows.element_count() / columns;
   if (rows.element_count() != columns * p.slots) return invalid("expected rows of every column");
+  const bool counted = counts.element_count() > 0;
+  if (counted && counts.element_count() != columns) return invalid("expected a count a column");
+  const BlockPlaces places = {rows.typed_data(), counted ? counts.typed_data() : nullptr};
   if (values.element_count() != columns * p.slots * p.height * p.width) {
     return invalid("the values are not those of the blocks");
   }
@@ -262,16 +266,16 @@ ffi::Error BlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   if (error.failure()) return error;
   const Path* path = find_path(std::string(path_name).c_str());
   if (!path) return invalid("this CPU has no path " + std::string(path_name));
-  if (!multiply(*path, p, x.typed_data(), values.typed_data(), rows.typed_data(), then,
+  if (!multiply(*path, p, x.typed_data(), values.typed_data(), places, then,
                 workers_of(pool), out->typed_data())) {
-    return invalid("a row of blocks is not in the matrix");
+    return invalid("a row of blocks, or a count of them, is not in the matrix");
   }
   return ffi::Error::Success();
 }
 
 ffi::Error QuantizedBlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                                 ffi::AnyBuffer values, ffi::Buffer<ffi::S32> rows,
-                                ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> x_scale,
+                                ffi::Buffer<ffi::S32> counts, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> x_scale,
                                 ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::F32> residual,
                                 ffi::ResultBuffer<ffi::F32> out,
                                 ffi::ResultBuffer<ffi::U8> scratch, int64_t height, int64_t width,
@@ -289,6 +293,9 @@ ffi::Error QuantizedBlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const size_t columns = p.batch * p.across();
   if (columns > 0) p.slots = rows.element_count() / columns;
   if (rows.element_count() != columns * p.slots) return invalid("expected rows of every column");
+  const bool counted = counts.element_count() > 0;
+  if (counted && counts.element_count() != columns) return invalid("expected a count a column");
+  const BlockPlaces places = {rows.typed_data(), counted ? counts.typed_data() : nullptr};
   if (!is_byte(values.element_type())) return invalid("the codes are no bytes");
   if (values.element_count() != columns * p.slots * p.height * p.width) {
     return invalid("the values are not those of the blocks");
@@ -309,9 +316,9 @@ ffi::Error QuantizedBlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                               scale.typed_data()};
   const SparseRows from = {x.typed_data(), static_cast<float>(high),
                            given ? x_scale.typed_data() : nullptr};
-  if (!multiply(*path, p, from, weights, rows.typed_data(), then, workers_of(pool),
+  if (!multiply(*path, p, from, weights, places, then, workers_of(pool),
                 scratch->typed_data(), out->typed_data())) {
-    return invalid("a row of blocks is not in the matrix");
+    return invalid("a row of blocks, or a count of them, is not in the matrix");
   }
   return ffi::Error::Success();
 }
@@ -377,6 +384,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_block_matmul, jaxcompress::BlockMatmul
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
@@ -391,6 +399,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_quantized_block_matmul,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -347,15 +347,20 @@ void check_blocks(const Path& path) {
     for (auto& v : x) v = static_cast<float>(any(-99, 99));
     for (auto& v : values) v = static_cast<float>(any(-99, 99));
     for (auto& r : rows) r = any(0, static_cast<int>((p.k + p.height - 1) / p.height) - 1);
+    auto counts = buffer<int32_t>(columns);
+    for (auto& c : counts) c = any(0, static_cast<int>(p.slots));
+    const bool counted = any(0, 1);
+    const BlockPlaces places = {rows.data(), counted ? counts.data() : nullptr};
     const Following following(p.batch * p.n, out.size());
-    if (!multiply(path, p, x.data(), values.data(), rows.data(), following.then, workers(),
+    if (!multiply(path, p, x.data(), values.data(), places, following.then, workers(),
                   out.data())) {
       fail("valid blocks");
     }
     for (size_t i = 0; i < out.size(); ++i) {
       const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
       double want = 0;
-      for (size_t s = 0; s < p.slots; ++s) {
+      const size_t used = counted ? counts[b * p.across() + n / p.width] : p.slots;
+      for (size_t s = 0; s < used; ++s) {
         const size_t block = (b * p.across() + n / p.width) * p.slots + s;
         for (size_t h = 0; h < p.height; ++h) {
           const size_t k = static_cast<size_t>(rows[block]) * p.height + h;
@@ -371,7 +376,7 @@ void check_blocks(const Path& path) {
     if (rows.empty() || out.empty()) continue;
     for (const int32_t wrong : {-1, static_cast<int32_t>((p.k + p.height - 1) / p.height)}) {
       rows[0] = wrong;
-      if (multiply(path, p, x.data(), values.data(), rows.data(), {}, workers(), out.data())) {
+      if (multiply(path, p, x.data(), values.data(), {rows.data(), nullptr}, {}, workers(), out.data())) {
         fail("blocks that leave");
       }
     }
@@ -400,6 +405,10 @@ void check_block_codes(const Path& path) {
       for (size_t row = 0; row < p.batch * p.m; ++row) x[row * p.k] = 127.0f;
       for (auto& s : scale) s = std::ldexp(1.0f, any(-2, 2));
       for (auto& r : rows) r = any(0, static_cast<int>(p.down()) - 1);
+      auto counts = buffer<int32_t>(columns);
+      for (auto& c : counts) c = any(0, static_cast<int>(p.slots));
+      const bool counted = any(0, 1);
+      const BlockPlaces places = {rows.data(), counted ? counts.data() : nullptr};
       for (size_t i = 0; i < codes.size(); ++i) {
         const uint8_t code = static_cast<uint8_t>(any(-128, 127));
         codes[i] = static_cast<int8_t>(code);
@@ -413,13 +422,14 @@ void check_block_codes(const Path& path) {
       const SparseRows from = {x.data(), 127.0f, nullptr};
       const BlockCodes weights = {values.data(), by_rows, scale.data()};
       const Following following(p.batch * p.n, out.size());
-      if (!multiply(path, p, from, weights, rows.data(), following.then, workers(), start, out.data())) {
+      if (!multiply(path, p, from, weights, places, following.then, workers(), start, out.data())) {
         fail("valid blocks of codes");
       }
       for (size_t i = 0; i < out.size(); ++i) {
         const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
         double want = 0;
-        for (size_t s = 0; s < p.slots; ++s) {
+        const size_t used = counted ? counts[b * p.across() + n / p.width] : p.slots;
+        for (size_t s = 0; s < used; ++s) {
           const size_t block = (b * p.across() + n / p.width) * p.slots + s;
           for (size_t h = 0; h < p.height; ++h) {
             const size_t k = static_cast<size_t>(rows[block]) * p.height + h;
@@ -435,8 +445,13 @@ void check_block_codes(const Path& path) {
       ++cases;
       if (rows.empty() || out.empty()) continue;
       rows[0] = static_cast<int32_t>(p.down());
-      if (multiply(path, p, from, weights, rows.data(), {}, workers(), start, out.data())) {
+      if (multiply(path, p, from, weights, {rows.data(), nullptr}, {}, workers(), start, out.data())) {
         fail("blocks of codes that leave");
+      }
+      rows[0] = 0;
+      counts[0] = static_cast<int32_t>(p.slots) + 1;
+      if (multiply(path, p, from, weights, {rows.data(), counts.data()}, {}, workers(), start, out.data())) {
+        fail("more blocks than there are");
       }
     }
   }
@@ -464,7 +479,7 @@ void check_sparse(const Path& path) {
 }  // namespace jaxcompress
 
 int main() {
-  for (const char* name : {"portable", "avx2", "avxvnni", "avx512vnni256", "avx512vnni"}) {
+  for (const char* name : {"portable", "avx2", "avxvnni", "avx512vnni256", "avx512vnni", "neondot"}) {
     const jaxcompress::Path* path = jaxcompress::find_path(name);
     if (!path) {
       std::printf("%-14s is not on this CPU\n", name);
