@@ -11,9 +11,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
+from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
 from jaxcompress.ops._cpu import cpu_refuses
-from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton, not_cut
+from jaxcompress.ops._epilogue import finish, in_places
+from jaxcompress.ops._kernels import (
+    blocks_of,
+    call_kernel,
+    chip,
+    kernel_module,
+    no_pallas_tpu,
+    no_triton,
+    not_cut,
+)
 
 __all__ = ["block_sparse_matmul", "plan"]
 
@@ -26,6 +35,7 @@ class _Static:
     weights: str
     dtype: str
     implementation: str | None
+    activation: str | None = None
 
 
 def block_sparse_matmul(
@@ -74,8 +84,27 @@ def block_sparse_matmul(
     Gray et al., 2017, GPU Kernels for Block-Sparse Weights; Gale et al., 2020, Sparse GPU
     Kernels for Deep Learning, arXiv:2006.10901 (long rows first).
     """
+    return multiply_blocks(
+        x, blocks, rows, columns=columns, counts=counts, dtype=dtype, implementation=implementation
+    )
+
+
+def multiply_blocks(
+    x: jax.Array,
+    blocks: jax.Array,
+    rows: jax.Array,
+    *,
+    columns: int,
+    counts: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """`block_sparse_matmul`, and what follows: `activation(y + bias[..., 1, n]) + residual`."""
     _check(x, blocks, rows, columns, counts)
-    lead, (m, k) = x.shape[:-2], x.shape[-2:]
+    lead, m = x.shape[:-2], x.shape[-2]
     batch = blocks.shape[:-4]
     b = math.prod(batch)
     flat = lambda a, core: None if a is None else a.reshape(b, *a.shape[a.ndim - core :])
@@ -88,9 +117,12 @@ def block_sparse_matmul(
         blocks.dtype.name,
         jnp.dtype(dtype or wide).name,
         implementation,
+        activation,
     )
-    rows_of_x = x.reshape(b, math.prod(lead) * m // max(b, 1), k)
-    out = _matmul(static, rows_of_x, flat(blocks, 4), flat(rows, 2), flat(counts, 1))
+    by_rows = lambda a: a.reshape(b, math.prod(lead) * m // max(b, 1), a.shape[-1])
+    residual = None if residual is None else by_rows(residual)
+    weight = (flat(blocks, 4), flat(rows, 2), flat(counts, 1))
+    out = _matmul(static, by_rows(x), *weight, flat(bias, 2), residual)
     return out.reshape(*lead, m, columns)
 
 
@@ -124,12 +156,13 @@ def plan(
 ) -> Choice:
     """The implementation that `block_sparse_matmul` takes on `platform`."""
     static = _Static(n, *block, weights, dtype, None)
-    return choose(_table(static), Problem(m=m, k=k, n=n, dtype=dtype), platform)
+    return explained(_table(static), Problem(m=m, k=k, n=n, dtype=dtype), platform)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static, x, blocks, rows, counts):
-    return _run(_table(static), static, static.implementation, x, blocks, rows, counts)
+def _matmul(static, x, blocks, rows, counts, bias, residual):
+    operands = (x, blocks, rows, counts, bias, residual)
+    return _run(_table(static), static, static.implementation, *operands)
 
 
 def _run(table, static, implementation, x, *operands):
@@ -143,16 +176,23 @@ def _forward(static, *operands):
 
 def _backward(static, operands, g):
     """Two products over the same blocks, by kernels wherever the product itself is by one."""
+    *operands, bias, residual = operands
     _, blocks, rows, counts = operands
     named = static.implementation if static.implementation != "cpu" else None
+    dmore = (None, None)
+    if bias is not None or residual is not None or static.activation is not None:
+        plain = dataclasses.replace(static, activation=None)
+        out = _matmul(plain, *operands, None, None)
+        run = lambda *given: finish(given[0], given[1], static.activation, given[2])
+        g, *dmore = jax.vjp(run, out, bias, residual)[1](g.astype(jnp.float32))
     dx = _run(_dx_table(static), static, named, *operands, g)
     if not jnp.issubdtype(blocks.dtype, jnp.floating):
-        return dx, None, None, None
+        return dx, None, None, None, *dmore
     dblocks = _run(_dblocks_table(static), static, named, *operands, g)
     if counts is not None:
         used = jnp.arange(rows.shape[-1]) < counts[..., None]
         dblocks = jnp.where(used[..., None, None], dblocks, 0)
-    return dx, dblocks, None, None
+    return dx, dblocks, None, None, *dmore
 
 
 _matmul.defvjp(_forward, _backward)
@@ -163,9 +203,22 @@ def _table(static: _Static) -> tuple[Implementation, ...]:
     native = "native: multiplies the kept blocks where they lie"
     return (
         Implementation("cpu", native, functools.partial(_cpu, static), _cpu_refuses(static)),
-        *_kernels(static, "one kept block after another", _by_kernel),
-        Implementation("reference", does, functools.partial(_gathered, static)),
+        *_kernels(static, "one kept block after another", _finished(_by_kernel)),
+        Implementation("reference", does, functools.partial(_finished(_gathered), static)),
     )
+
+
+def _finished(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A product, and what follows it, step by step."""
+
+    def steps(static, *given):
+        *operands, bias, residual = given
+        if bias is None and residual is None and static.activation is None:
+            return run(static, *operands)
+        out = run(dataclasses.replace(static, dtype="float32"), *operands)
+        return finish(out, bias, static.activation, residual).astype(static.dtype)
+
+    return steps
 
 
 def _dx_table(static: _Static) -> tuple[Implementation, ...]:
@@ -184,7 +237,7 @@ def _kernels(
     static: _Static, does: str, run: Callable[..., jax.Array]
 ) -> tuple[Implementation, ...]:
     """The two kernels for devices of one product."""
-    floats = ("float32", "bfloat16")
+    op, floats = "block_sparse_matmul", ("float32", "bfloat16")
 
     def tpu_refuses(problem: Problem, platform: str) -> str | None:
         return no_pallas_tpu(platform) or _sides(static, 128) or _kinds(static, problem, floats)
@@ -200,8 +253,15 @@ def _kernels(
             functools.partial(run, static, "tpu"),
             tpu_refuses,
             lambda problem, platform: not_cut(platform),
+            blocks_of(op, "pallas_tpu", lambda p: (p.m, jnp.dtype(p.dtype).itemsize)),
         ),
-        Implementation("triton", does, functools.partial(run, static, "gpu"), gpu_refuses),
+        Implementation(
+            "triton",
+            does,
+            functools.partial(run, static, "gpu"),
+            gpu_refuses,
+            blocks=blocks_of(op, "triton", lambda p: (p.m, static.width, static.height)),
+        ),
     )
 
 
@@ -271,13 +331,7 @@ def _dblocks_by_kernel(static, where, x, blocks, rows, counts, g):
 
 
 def _module(where: str) -> Any:
-    if where == "tpu":
-        from jaxcompress.kernels.block_sparse_matmul import pallas_tpu
-
-        return pallas_tpu
-    from jaxcompress.kernels.block_sparse_matmul import triton
-
-    return triton
+    return kernel_module("block_sparse_matmul", "pallas_tpu" if where == "tpu" else "triton")
 
 
 def _chip(where: str) -> str | None:
@@ -309,18 +363,32 @@ def _lists(
     return sort(lines), sort(sources), places
 
 
-def _cpu(static, x, blocks, rows, counts):
+def _cpu(static, x, blocks, rows, counts, bias, residual):
     from jaxcompress.kernels.block_sparse_matmul import cpu as kernel
 
-    out = kernel.block_sparse_matmul(x, blocks, rows, static.columns, otherwise=_by_xla(static))
+    out = kernel.block_sparse_matmul(
+        x,
+        blocks,
+        rows,
+        counts,
+        static.columns,
+        bias,
+        residual,
+        activation=static.activation,
+        otherwise=_by_xla(static, *(a is not None for a in (counts, bias, residual))),
+    )
     return out.astype(static.dtype)
 
 
 @functools.cache
-def _by_xla(static: _Static) -> Callable[..., jax.Array]:
+def _by_xla(static: _Static, *has: bool) -> Callable[..., jax.Array]:
     """What an exported program does for the native call: one function for each number."""
     static = dataclasses.replace(static, dtype="float32")
-    return lambda x, blocks, rows: _gathered(static, x, blocks, rows, None)
+
+    def run(x, blocks, rows, *more):
+        return _finished(_gathered)(static, x, blocks, rows, *in_places(has, more))
+
+    return run
 
 
 def _gathered(static, x, blocks, rows, counts):
@@ -340,7 +408,8 @@ def _gathered(static, x, blocks, rows, counts):
 
 def _gathered_dx(static, x, blocks, rows, counts, g):
     run = lambda x: _gathered(static, x, blocks, rows, counts)
-    return jax.vjp(run, x)[1](g)[0]
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # in which pieces are added up
+    return jax.vjp(run, wide)[1](g)[0].astype(x.dtype)
 
 
 def _gathered_dblocks(static, x, blocks, rows, counts, g):

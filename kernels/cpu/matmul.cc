@@ -37,6 +37,7 @@ struct Output {
   int32_t* integers;  // or, if null,
   float* floats;
   Scales scales;
+  Epilogue then;
 };
 
 // Up to four panels of columns times one block of rows.
@@ -146,11 +147,15 @@ class Block {
     const float* scale = out_.scales.scale + (batch_ * p_.groups() + group) * pitch + column_;
     float* out = out_.floats + row * pitch + column_;
     if (p_.groups() == 1 && p_.digits == 1) {
-      return path_.finish(acc_, rows_, columns_, row_scales_, scale, out, pitch);
+      path_.finish(acc_, rows_, columns_, row_scales_, scale, out, pitch);
+    } else {
+      path_.scale(acc_, rows_, columns_, scale, group > 0, scaled_);
+      if (group + 1 < p_.groups()) return;
+      path_.join(scaled_, rows_ / p_.digits, columns_, p_.digits, row_scales_, out, pitch);
     }
-    path_.scale(acc_, rows_, columns_, scale, group > 0, scaled_);
-    if (group + 1 < p_.groups()) return;
-    path_.join(scaled_, rows_ / p_.digits, columns_, p_.digits, row_scales_, out, pitch);
+    if (out_.then.empty()) return;
+    const Epilogue then = out_.then.from(batch_ * pitch + column_, row * pitch + column_);
+    path_.epilogue(then, rows_ / p_.digits, columns_, out, pitch);
   }
 
   // Sums of nothing.
@@ -236,12 +241,12 @@ void copy_rows(const Path& path, const Problem& p, const int8_t* x, const Worker
 
 void multiply(const Path& path, const Problem& p, Activations x, const uint8_t* weights,
               const Workers& workers, int32_t* out) {
-  multiply(path, p, x, weights, Output{out, nullptr, {nullptr, nullptr}}, workers);
+  multiply(path, p, x, weights, Output{out, nullptr, {}, {}}, workers);
 }
 
 void multiply(const Path& path, const Problem& p, Activations x, const uint8_t* weights,
-              Scales scales, const Workers& workers, float* out) {
-  multiply(path, p, x, weights, Output{nullptr, out, scales}, workers);
+              Scales scales, const Epilogue& then, const Workers& workers, float* out) {
+  multiply(path, p, x, weights, Output{nullptr, out, scales, then}, workers);
 }
 
 }  // namespace jaxcompress

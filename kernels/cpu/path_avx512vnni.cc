@@ -20,28 +20,31 @@ inline __attribute__((always_inline)) __m512i broadcast(const int8_t* codes) {
 }
 
 template <int kRows, int kVectors>
-void tile_of(Rows x, const uint8_t* weights, size_t pitch, size_t quads, uint32_t* acc) {
+void tile_of(Rows x, const int32_t* starts, size_t runs, const uint8_t* weights, size_t pitch,
+             size_t quads, uint32_t* acc) {
   __m512i sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_loadu_si512(acc + i * kColumns + kPanel * j);
   }
-  for (size_t q = 0; q < quads; ++q) {
-    __m512i w[kVectors];
+  for (size_t r = 0; r < runs; ++r) {
+    const int8_t* codes = x.codes + starts[r];
+    for (size_t q = 0; q < quads; ++q, weights += kLine, codes += kQuad) {
+      __m512i w[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      w[j] = _mm512_loadu_si512(weights + j * pitch);
-      // Few rows wait for memory, which the hardware alone does not read ahead far enough.
-      if (kRows <= 4) _mm_prefetch(reinterpret_cast<const char*>(weights + j * pitch + kAhead), _MM_HINT_T0);
-    }
+      for (int j = 0; j < kVectors; ++j) {
+        w[j] = _mm512_loadu_si512(weights + j * pitch);
+        // Few rows wait for memory, which the hardware alone does not read ahead far enough.
+        if (kRows <= 4) _mm_prefetch(reinterpret_cast<const char*>(weights + j * pitch + kAhead), _MM_HINT_T0);
+      }
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i v = broadcast(x.codes + i * x.stride + kQuad * q);
+      for (int i = 0; i < kRows; ++i) {
+        const __m512i v = broadcast(codes + i * x.stride);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) dot(sums[i][j], w[j], v);
+        for (int j = 0; j < kVectors; ++j) dot(sums[i][j], w[j], v);
+      }
     }
-    weights += kLine;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -51,26 +54,32 @@ void tile_of(Rows x, const uint8_t* weights, size_t pitch, size_t quads, uint32_
 }
 
 template <int kVectors>
-void tile_panels(Rows x, size_t count, const uint8_t* weights, size_t pitch, size_t quads,
-                 uint32_t* acc) {
+void tile_panels(Rows x, const int32_t* starts, size_t runs, size_t count, const uint8_t* weights,
+                 size_t pitch, size_t quads, uint32_t* acc) {
   switch (count) {
-    case 1: return tile_of<1, kVectors>(x, weights, pitch, quads, acc);
-    case 2: return tile_of<2, kVectors>(x, weights, pitch, quads, acc);
-    case 3: return tile_of<3, kVectors>(x, weights, pitch, quads, acc);
-    case 4: return tile_of<4, kVectors>(x, weights, pitch, quads, acc);
-    case 5: return tile_of<5, kVectors>(x, weights, pitch, quads, acc);
-    case 6: return tile_of<6, kVectors>(x, weights, pitch, quads, acc);
+    case 1: return tile_of<1, kVectors>(x, starts, runs, weights, pitch, quads, acc);
+    case 2: return tile_of<2, kVectors>(x, starts, runs, weights, pitch, quads, acc);
+    case 3: return tile_of<3, kVectors>(x, starts, runs, weights, pitch, quads, acc);
+    case 4: return tile_of<4, kVectors>(x, starts, runs, weights, pitch, quads, acc);
+    case 5: return tile_of<5, kVectors>(x, starts, runs, weights, pitch, quads, acc);
+    case 6: return tile_of<6, kVectors>(x, starts, runs, weights, pitch, quads, acc);
+  }
+}
+
+void tile_runs(Rows x, const int32_t* starts, size_t runs, size_t count, const uint8_t* weights,
+               size_t panels, size_t pitch, size_t quads, uint32_t* acc) {
+  switch (panels) {
+    case 1: return tile_panels<1>(x, starts, runs, count, weights, pitch, quads, acc);
+    case 2: return tile_panels<2>(x, starts, runs, count, weights, pitch, quads, acc);
+    case 3: return tile_panels<3>(x, starts, runs, count, weights, pitch, quads, acc);
+    case 4: return tile_panels<4>(x, starts, runs, count, weights, pitch, quads, acc);
   }
 }
 
 void tile(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pitch, size_t quads,
           uint32_t* acc) {
-  switch (panels) {
-    case 1: return tile_panels<1>(x, count, weights, pitch, quads, acc);
-    case 2: return tile_panels<2>(x, count, weights, pitch, quads, acc);
-    case 3: return tile_panels<3>(x, count, weights, pitch, quads, acc);
-    case 4: return tile_panels<4>(x, count, weights, pitch, quads, acc);
-  }
+  const int32_t start = 0;
+  tile_runs(x, &start, 1, count, weights, panels, pitch, quads, acc);
 }
 
 template <int kRows, int kVectors>
@@ -130,6 +139,6 @@ void tile4(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pi
 
 }  // namespace
 
-extern const Path kAvx512Vnni = JAXCOMPRESS_PATH("avx512vnni", 6, tile, tile4, kSparseAvx512);
+extern const Path kAvx512Vnni = JAXCOMPRESS_PATH("avx512vnni", 6, tile, tile_runs, tile4, kSparseAvx512);
 
 }  // namespace jaxcompress
