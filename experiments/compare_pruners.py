@@ -141,11 +141,12 @@ def main() -> None:
     options = arguments()
     need("jax", "flax", "mlxtend", "matplotlib", "rich")
     from _compare_models import MODELS
-    from _compare_pruners import methods, peer
+    from _compare_pruners import methods
+    from _jaxpruner import about
 
     repeats, budget = (5, 0.1) if options.quick else (200, 90.0)
     seeds, epochs = (1, 3) if options.quick else (5, EPOCHS)
-    once, done = resumable(options.out, [repeats, budget, seeds, epochs, peer()])
+    once, done = resumable(options.out, [repeats, budget, seeds, epochs, about()])
     names = list(methods(1, 1))
     with staged(options.out) as out, progress() as add:
         rows, minutes = [], 0.0
@@ -164,7 +165,7 @@ def main() -> None:
             advance()
         summaries = summary(accuracy)
         record = {
-            "environment": environment(range(seeds)) | {"peers": peer()},
+            "environment": environment(range(seeds)) | {"peers": about()},
             "minutes": minutes,
             "steps": rows,
             "digits_at_90": summaries,
@@ -178,7 +179,7 @@ def main() -> None:
     print(table(rows))
     for name, row in summaries.items():
         print(f"{name}: {row['mean']:.2f} % of the test digits, {row['from_dense']:+.2f} of dense")
-    print(f"jaxpruner: {peer()['jaxpruner']}")
+    print(f"jaxpruner: {about()['jaxpruner']}")
 
 
 def _timed(run: Callable[..., Any], *args: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 
 import _compare_pruners
+import _jaxpruner
 import compare_pruners
 from _compare_models import stepper
 from _compare_report import step_rows, table
@@ -75,15 +76,15 @@ def test_each_of_ours_ends_at_the_same_sparsity(name):
 
 
 def test_the_old_tree_map_passes_over_what_is_nothing_in_the_first_tree():
-    add = _compare_pruners.old_tree_map(lambda a, b: a + b, {"a": 1, "b": None}, {"a": 2, "b": 3})
+    add = _jaxpruner.old_tree_map(lambda a, b: a + b, {"a": 1, "b": None}, {"a": 2, "b": 3})
     assert add == {"a": 3, "b": None}
     other = lambda a, b: (a, b)  # nothing in another tree reaches the function
-    assert _compare_pruners.old_tree_map(other, [1], [None]) == [(1, None)]
-    pairs = _compare_pruners.old_tree_map(len, [(1, 2)], is_leaf=lambda x: isinstance(x, tuple))
+    assert _jaxpruner.old_tree_map(other, [1], [None]) == [(1, None)]
+    pairs = _jaxpruner.old_tree_map(len, [(1, 2)], is_leaf=lambda x: isinstance(x, tuple))
     assert pairs == [2]
 
 
 def test_a_peer_that_is_not_there_has_no_rows_and_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert _compare_pruners._peers(10, 1) == {}
-    assert _compare_pruners.peer()["jaxpruner"].startswith("not installed: pip install git+")
+    assert _jaxpruner.about()["jaxpruner"].startswith("not installed: pip install git+")
