@@ -3,11 +3,11 @@
     python experiments/bench_kernels.py               # a few minutes on a GPU or TPU
 
 Each op of jc.ops runs with its kernel (pallas_tpu or triton) and with the reference, which
-is XLA's own product. First correctness: integers bit for bit against numpy's int64, floats
-against float64 within the bound of a float32 sum. Then times: both compiled, run in turns,
-medians. A kernel that is wrong is not timed, and the script exits with 1. Expected: every
-row right; nobody has measured the times yet. Writes bench_kernels.json. Without a GPU or
-TPU it stops with one line.
+is XLA's own product. First correctness: integers bit for bit, floats against float64 within
+the bound of a float32 sum. Then times: both compiled, run in turns, medians. A kernel that
+is wrong is not timed, and the script exits with 1. Expected: every row right; nobody has
+measured the times yet. Writes bench_kernels.json. Without a GPU or TPU it stops with one
+line.
 """
 
 import functools
@@ -15,46 +15,56 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-import jaxcompress as jc
+import _kernel_problems as problems
 from _harness import ROOT, Parser, environment, fail, interleaved, write_json
+from _kernel_problems import Problem
 
-EPS = 2.0**-24
-LOW = {"float32": EPS, "bfloat16": 2.0**-8}
-
-
-class Size(NamedTuple):
-    """A product and the format of the weight; bits 0 is int8 x int8.
-
-    Activations are bfloat16, or with `integers` int8 (w4a8).
-    """
-
-    m: int
-    k: int
-    n: int
-    bits: int = 0
-    group_size: int | None = None
-    integers: bool = False
+# What a row is called, and what makes its problem.
+Rows = dict[str, Callable[[], Problem]]
+FEW, MANY = (1, 16), 1024  # rows of activations
 
 
-SIZES = [
-    Size(1024, 1024, 1024),
-    Size(4096, 4096, 4096),
-    *(Size(m, 4096, 4096, bits, 128) for m in (1, 16, 1024) for bits in (8, 4, 3, 2)),
-    Size(129, 1000, 1000, 4, 32),
-    *(Size(m, 4096, 4096, 4, 128, integers=True) for m in (1, 16, 1024)),
-]
-QUICK = [
-    Size(129, 256, 256),
-    Size(16, 512, 256, 4, 128),
-    Size(16, 512, 256, 4, 128, integers=True),
-]
+def rows(m: int, k: int, n: int) -> Rows:
+    """The ops at one size, for few rows of activations or many."""
+    make = functools.partial
+    size = (m, k, n)
+    found: Rows = {
+        f"{bits} bits by 128": make(problems.weight, *size, bits, 128) for bits in (8, 4, 3, 2)
+    }
+    found |= {
+        "int8 x 4 bits by 128": make(problems.weight, *size, 4, 128, integers=True),
+        "2:4": make(problems.two_of_four, *size),
+        "2:4, int8": make(problems.two_of_four, *size, integers=True),
+        "blocks of 128 x 128": make(problems.blocks, *size),
+    }
+    if m >= MANY:
+        found |= {
+            "int8 x int8": make(problems.int8, *size),
+            "int8 x int8, bias, gelu, int8": make(problems.int8_then, *size),
+            "blocks of 128 x 128, gradients": make(problems.blocks, *size, trains=True),
+        }
+    return {f"{m:5} x {k:5} x {n:5}  {name:30}": problem for name, problem in found.items()}
+
+
+def all_rows(quick: bool) -> Rows:
+    if quick:
+        return rows(MANY, 256, 256)
+    found = {
+        "  129 x  1000 x  1000  4 bits by 32                  ": functools.partial(
+            problems.weight, 129, 1000, 1000, 4, 32
+        ),
+        " 4096 x  4096 x  4096  int8 x int8                   ": functools.partial(
+            problems.int8, 4096, 4096, 4096
+        ),
+    }
+    for m in (*FEW, MANY):
+        found |= rows(m, 4096, 4096)
+    return found
 
 
 def arguments() -> Any:
@@ -62,7 +72,7 @@ def arguments() -> Any:
     default = ROOT / "report" / "bench_kernels.json"
     parser.add_argument("--out", type=Path, default=default, help=f"file (default {default})")
     parser.add_argument("--repeats", type=int, default=50, help="of each product (default 50)")
-    parser.add_argument("--quick", action="store_true", help="three small products")
+    parser.add_argument("--quick", action="store_true", help="small products")
     options = parser.parse_args()
     if options.repeats < 1:
         fail("--repeats is 1 or more")
@@ -77,52 +87,16 @@ def backend() -> str:
     return name
 
 
-def int8_problem(size: Size) -> tuple[Callable[..., jax.Array], list[Any], Any, Any]:
-    """The op, its arguments, the right answer and how far from it one may be."""
-    rng = np.random.default_rng(0)
-    x, w = (rng.integers(-128, 128, s).astype(np.int8) for s in ((size.m, size.k), size[1:3]))
-    op = jc.ops.int8_matmul
-    # Whole numbers below 2^53: the float64 product is exact, and much faster than int64's.
-    want = x.astype(np.float64) @ w.astype(np.float64)
-    return op, [x, w], want, np.zeros_like(want)
-
-
-def weight_problem(size: Size) -> tuple[Callable[..., jax.Array], list[Any], Any, Any]:
-    """The same for a weight of few bits: packed by the library, decoded here in float64."""
-    rng = np.random.default_rng(0)
-    if size.integers:
-        x = rng.integers(-128, 128, (size.m, size.k)).astype(np.int8)
-    else:
-        x = rng.normal(size=(size.m, size.k)).astype(jnp.bfloat16)
-    low = -(2 ** (size.bits - 1))
-    codes = rng.integers(low, -low, (size.k, size.n)).astype(np.int8)
-    groups = -(-size.k // size.group_size)
-    scale = rng.uniform(0.5, 2, (groups, size.n)).astype(np.float32)
-    decoded = codes * np.repeat(scale.astype(np.float64), size.group_size, 0)[: size.k]
-    w = codes if size.bits == 8 else jc.arrays._packing.pack(jnp.asarray(codes), size.bits, 0)
-    op = functools.partial(jc.ops.quantized_matmul, bits=size.bits, group_size=size.group_size)
-    if size.integers:
-        op = functools.partial(jc.ops.w4a8_matmul, group_size=size.group_size)
-    exact = x.astype(np.float64)
-    want, total = exact @ decoded, np.abs(exact) @ np.abs(decoded)
-    if size.integers:  # exact within a group, float32 from there on
-        return op, [x, w, scale], want, (groups + 4) * EPS * total
-    # Float32 sums; the decoded weight and the result are rounded to bfloat16.
-    bound = (size.k * EPS + LOW["bfloat16"]) * total + LOW["bfloat16"] * np.abs(want)
-    return op, [x, w, scale], want, bound
-
-
-def measure(size: Size, kernel: str, repeats: int) -> dict[str, Any]:
+def measure(problem: Problem, kernel: str, repeats: int) -> dict[str, Any]:
     """Whether the kernel is right, and if so the times of both."""
-    op, args, want, bound = weight_problem(size) if size.bits else int8_problem(size)
-    placed = [jax.device_put(a) for a in args]
+    placed = [jax.device_put(a) for a in problem.args]
     runs = {
-        name: functools.partial(jax.jit(functools.partial(op, implementation=name)), *placed)
+        name: functools.partial(
+            jax.jit(functools.partial(problem.run, implementation=name)), *placed
+        )
         for name in (kernel, "reference")
     }
-    row = {"size": size._asdict(), "kernel": kernel}
-    error = np.abs(np.asarray(runs[kernel](), np.float64) - want)
-    row["right"] = bool(np.all(error <= bound))
+    row: dict[str, Any] = {"kernel": kernel, "right": problem.is_right(runs[kernel]())}
     if row["right"]:
         times = interleaved(runs, repeats)
         row["milliseconds"] = {name: statistics.median(t) for name, t in times.items()}
@@ -135,23 +109,19 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0].device_kind
     print(f"{device}: {kernel} against XLA's own product")
-    rows = []
-    for size in QUICK if options.quick else SIZES:
-        row = measure(size, kernel, options.repeats)
-        rows.append(row)
-        what = f"{size.bits} bits by {size.group_size}" if size.bits else "int8 x int8"
-        what = f"int8 x {what}" if size.integers else what
-        head = f"{size.m:5} x {size.k:5} x {size.n:5}  {what:20}"
+    found = []
+    for name, make in all_rows(options.quick).items():
+        row = measure(make(), kernel, options.repeats)
+        found.append({"product": " ".join(name.split()), **row})
         if row["right"]:
             ours, xla = row["milliseconds"][kernel], row["milliseconds"]["reference"]
-            print(
-                f"{head}  right  {ours:8.3f} ms, XLA {xla:8.3f} ms: {xla / ours:.2f} times as fast"
-            )
+            times = f"{ours:8.3f} ms, XLA {xla:8.3f} ms: {xla / ours:.2f} times as fast"
+            print(f"{name}  right  {times}", flush=True)
         else:
-            print(f"{head}  WRONG")
-    write_json(options.out, {"device": device, "environment": environment([0]), "rows": rows})
+            print(f"{name}  WRONG", flush=True)
+    write_json(options.out, {"device": device, "environment": environment([0]), "rows": found})
     print(f"wrote {options.out}")
-    sys.exit(not all(row["right"] for row in rows))
+    sys.exit(not all(row["right"] for row in found))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ assert bool(cpu.missing()) == WITHOUT_NATIVE, cpu.missing()
 if not cpu.missing():
     assert int(jc.ops.int8_matmul(x, x.T, implementation="cpu")[0, 0]) == 72
 assert importlib.resources.files("jaxcompress").joinpath("py.typed").is_file()
+assert importlib.resources.files("jaxcompress.kernels").joinpath("blocks.json").is_file()
 print(jc.__version__, jc.__file__)
 """
 

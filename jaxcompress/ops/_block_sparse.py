@@ -11,10 +11,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
+from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
 from jaxcompress.ops._cpu import cpu_refuses
 from jaxcompress.ops._epilogue import finish, in_places
-from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton, not_cut
+from jaxcompress.ops._kernels import (
+    blocks_of,
+    call_kernel,
+    chip,
+    kernel_module,
+    no_pallas_tpu,
+    no_triton,
+    not_cut,
+)
 
 __all__ = ["block_sparse_matmul", "plan"]
 
@@ -148,7 +156,7 @@ def plan(
 ) -> Choice:
     """The implementation that `block_sparse_matmul` takes on `platform`."""
     static = _Static(n, *block, weights, dtype, None)
-    return choose(_table(static), Problem(m=m, k=k, n=n, dtype=dtype), platform)
+    return explained(_table(static), Problem(m=m, k=k, n=n, dtype=dtype), platform)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -229,7 +237,7 @@ def _kernels(
     static: _Static, does: str, run: Callable[..., jax.Array]
 ) -> tuple[Implementation, ...]:
     """The two kernels for devices of one product."""
-    floats = ("float32", "bfloat16")
+    op, floats = "block_sparse_matmul", ("float32", "bfloat16")
 
     def tpu_refuses(problem: Problem, platform: str) -> str | None:
         return no_pallas_tpu(platform) or _sides(static, 128) or _kinds(static, problem, floats)
@@ -245,8 +253,15 @@ def _kernels(
             functools.partial(run, static, "tpu"),
             tpu_refuses,
             lambda problem, platform: not_cut(platform),
+            blocks_of(op, "pallas_tpu", lambda p: (p.m, jnp.dtype(p.dtype).itemsize)),
         ),
-        Implementation("triton", does, functools.partial(run, static, "gpu"), gpu_refuses),
+        Implementation(
+            "triton",
+            does,
+            functools.partial(run, static, "gpu"),
+            gpu_refuses,
+            blocks=blocks_of(op, "triton", lambda p: (p.m, static.width, static.height)),
+        ),
     )
 
 
@@ -316,13 +331,7 @@ def _dblocks_by_kernel(static, where, x, blocks, rows, counts, g):
 
 
 def _module(where: str) -> Any:
-    if where == "tpu":
-        from jaxcompress.kernels.block_sparse_matmul import pallas_tpu
-
-        return pallas_tpu
-    from jaxcompress.kernels.block_sparse_matmul import triton
-
-    return triton
+    return kernel_module("block_sparse_matmul", "pallas_tpu" if where == "tpu" else "triton")
 
 
 def _chip(where: str) -> str | None:
@@ -399,7 +408,8 @@ def _gathered(static, x, blocks, rows, counts):
 
 def _gathered_dx(static, x, blocks, rows, counts, g):
     run = lambda x: _gathered(static, x, blocks, rows, counts)
-    return jax.vjp(run, x)[1](g)[0]
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # in which pieces are added up
+    return jax.vjp(run, wide)[1](g)[0].astype(x.dtype)
 
 
 def _gathered_dblocks(static, x, blocks, rows, counts, g):

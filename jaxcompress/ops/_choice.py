@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-__all__ = ["PLATFORMS", "Choice", "Implementation", "Problem", "choose", "dispatch"]
+__all__ = ["PLATFORMS", "Choice", "Implementation", "Problem", "choose", "dispatch", "explained"]
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -43,7 +43,7 @@ class Implementation:
     """A named way to do an op, in words too.
 
     `refuses(problem, platform)` says why it cannot; `defers` why it should not, unless it
-    is asked for by name.
+    is asked for by name. `blocks` says how a kernel cuts the problem.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Implementation:
     run: Callable[..., Any]
     refuses: Callable[[Problem, str], str | None] = lambda problem, platform: None
     defers: Callable[[Problem, str], str | None] = lambda problem, platform: None
+    blocks: Callable[[Problem, str], str] | None = None
 
 
 class Choice(NamedTuple):
@@ -84,6 +85,15 @@ def choose(
             break
         passed.append(f"not {candidate.name}: {reason}")
     return Choice(candidate, "; ".join([candidate.does, *passed]))
+
+
+def explained(table: Sequence[Implementation], problem: Problem, platform: str) -> Choice:
+    """`choose`, which also says how the kernel cuts the problem, if it is one that does."""
+    choice = choose(table, problem, platform)
+    blocks = choice.implementation.blocks
+    if blocks is None:
+        return choice
+    return choice._replace(why=f"{choice.why}; {blocks(problem, platform)}")
 
 
 def dispatch(

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
 from jaxcompress.ops._epilogue import finish, in_places
-from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton
+from jaxcompress.ops._kernels import blocks_of, call_kernel, chip, no_pallas_tpu, no_triton
 
 __all__ = ["MAX_K", "int8_matmul"]
 
@@ -374,13 +374,17 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
 
     fused = "int8 x int8 -> int32, all that follows in the kernel"
     native = "native uint8 x int8 -> int32, all that follows inside"
+    tpu_blocks, gpu_blocks = (
+        blocks_of("int8_matmul", backend, lambda p: (p.m, p.n, p.k))
+        for backend in ("pallas_tpu", "triton")
+    )
     refuses_tpu = lambda problem, platform: no_pallas_tpu(platform) or _has_groups(problem)
     refuses_gpu = lambda problem, platform: no_triton(platform) or _has_groups(problem)
     return (
         Implementation("cpu", native, bound(_cpu), cpu_refuses),
         Implementation("xla", "uint8 x int8 -> int32 by XLA", bound(_xla), _xla_refuses),
-        Implementation("pallas_tpu", fused, bound(_pallas_tpu), refuses_tpu, _defers),
-        Implementation("triton", fused, bound(_triton), refuses_gpu, _defers),
+        Implementation("pallas_tpu", fused, bound(_pallas_tpu), refuses_tpu, _defers, tpu_blocks),
+        Implementation("triton", fused, bound(_triton), refuses_gpu, _defers, gpu_blocks),
         Implementation("reference", "int8 x int8 -> int32 by lax.dot_general", bound(_reference)),
     )
 

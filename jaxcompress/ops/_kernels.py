@@ -5,6 +5,7 @@ activations, `b k n` for weights, `b m n` for the result, if an op does not say 
 """
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["CHIPS", "call_kernel", "chip", "no_pallas_tpu", "no_triton", "not_cut"]
+from jaxcompress.ops._choice import Problem
+
+__all__ = ["CHIPS", "blocks_of", "call_kernel", "chip", "no_pallas_tpu", "no_triton", "not_cut"]
 
 # What the kernels are compiled for in every run of the checks, as `chip` names it.
 CHIPS = {
@@ -66,6 +69,34 @@ def not_cut(platform: str) -> str | None:
     if AxisType.Explicit in types or AxisType.Manual in types:
         return None
     return "XLA cannot cut it over several TPUs; it needs shard_map or a mesh of explicit axes"
+
+
+def blocks_of(
+    op: str, backend: str, sizes: Callable[[Problem], tuple[Any, ...]]
+) -> Callable[[Problem, str], str]:
+    """What `explain` says of the blocks of a kernel, whose `blocks(*sizes, chip=)` chooses them."""
+
+    def say(problem: Problem, platform: str) -> str:
+        kernel, here = kernel_module(op, backend), chip(platform)
+        cut = kernel.blocks(*sizes(problem), chip=here)
+        return f"{_in_words(cut)}, {'by default' if here is None else f'for {here}'}"
+
+    return say
+
+
+def kernel_module(op: str, backend: str) -> Any:
+    """The kernels of an op for a backend, imported where they are needed."""
+    return importlib.import_module(f"jaxcompress.kernels.{op}.{backend}")
+
+
+def _in_words(cut: Any) -> str:
+    """Rows, columns, and what is summed; and of Triton how many work on a tile."""
+    if isinstance(cut, int):
+        return f"blocks of {cut} rows"
+    size = " x ".join(map(str, cut[:3]))
+    if len(cut) == 3:
+        return f"blocks of {size}"
+    return f"tiles of {size}, {cut.num_warps} warps, {cut.num_stages} stages"
 
 
 def _unknown(platform: str) -> str | None:

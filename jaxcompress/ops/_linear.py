@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.arrays._formats import FloatType
 from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._rounding import encode, range_scale, scale_of
-from jaxcompress.ops import _int8_matmul, _quantized_matmul, _w4a8_matmul
-from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
+from jaxcompress.ops import _int8_matmul, _quantized_matmul, _scaled_matmul, _w4a8_matmul
+from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
 from jaxcompress.ops._cpu import cpu_refuses, needs_packing
 from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._gradients import quantized_gradient_dot
@@ -30,6 +31,7 @@ from jaxcompress.ops._quantized_matmul import (
     multiply_stored,
     scaled_dot,
 )
+from jaxcompress.ops._scaled_matmul import scaled_matmul
 from jaxcompress.ops._w4a8_matmul import w4a8_matmul
 
 __all__ = ["linear", "plan"]
@@ -60,6 +62,9 @@ def linear(
         values = w.values
     else:
         values = w.numbers()
+    kinds = _float8(w)
+    if kinds is not None:
+        return _float8_linear(static, kinds, x, w.values, *scales).astype(dtype)
     if _floats(w) is not None:
         out = _simulate(static, x, values, *scales)
         return finish(out, bias, activation, residual).astype(dtype)
@@ -85,7 +90,9 @@ def plan(
     w: Weight, transpose_w: bool, m: int, k: int, n: int, dtype: str, platform: str
 ) -> tuple[str, Choice]:
     """The op that `linear` calls, and its implementation on `platform`."""
-    floats = _floats(w)
+    floats, kinds = _floats(w), _float8(w)
+    if kinds is not None:
+        return "scaled_matmul", _scaled_matmul.plan(m, k, n, *kinds, transpose_w, platform)
     if floats is not None:
         how = Implementation("reference", floats[1], _simulate)
         return floats[0], Choice(how, how.does)
@@ -111,7 +118,7 @@ def plan(
         native, _ = _table(_Static(w.act, group, transpose_w, _bits(w)))
         if native.refuses(problem, platform) is None:
             table = (native,)
-    choice = choose(table, problem, platform)
+    choice = explained(table, problem, platform)
     if isinstance(w, PrepackedArray):
         if choice.implementation.name != "cpu":
             choice = choice._replace(why=f"{choice.why}; put back from the CPU kernels' order")
@@ -139,6 +146,19 @@ def _floats(w: Weight) -> tuple[str, str] | None:
     if w.act is not None and not w.act.qtype.integer:
         return "quantized_matmul", f"a float product of {w.act.qtype.name} activations"
     return None
+
+
+# Eight-bit floats that JAX has too: the codes of a weight are their bits.
+_FLOAT8 = {FloatType(4, 3, 448.0): "float8_e4m3fn", FloatType(5, 2, 57344.0): "float8_e5m2"}
+
+
+def _float8(w: Weight) -> tuple[str, str] | None:
+    """The dtypes of activations and weight where both are stored as eight-bit floats."""
+    if w.act is None or w.values.dtype != jnp.int8:
+        return None
+    if w.group_size is not None or w.act.qtype not in _FLOAT8 or w.qtype not in _FLOAT8:
+        return None
+    return _FLOAT8[w.act.qtype], _FLOAT8[w.qtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +269,38 @@ def _simulate(static, x, codes, scale, zero, act_scale, act_offset):
         product, functools.partial(quantized_gradient_dot, static.act.grad_bits)
     )
     return _rows(rounded, static, x, act_scale, act_offset, plain)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _float8_linear(static, kinds, x, values, scale, zero, act_scale, act_offset):
+    weight = jax.lax.bitcast_convert_type(values, jnp.dtype(kinds[1]))
+    columns = jnp.swapaxes(scale, -1, -2) if static.transpose_w else scale
+    product = lambda codes, x_scale: scaled_matmul(
+        codes.astype(kinds[0]),
+        weight,
+        x_scale=x_scale,
+        w_scale=columns,
+        transpose_w=static.transpose_w,
+    )
+    return _rows(product, static, x, act_scale, act_offset)
+
+
+def _float8_forward(static, kinds, *args):
+    return _float8_linear(static, kinds, *args), args
+
+
+def _float8_backward(static, kinds, residuals, g):
+    """Straight through the rounding of the activations, as in training."""
+    x, values, scale, zero, act_scale, act_offset = residuals
+    weight = jax.lax.bitcast_convert_type(values, jnp.dtype(kinds[1])).astype(jnp.float32)
+    run = lambda x, scale, act_scale: _simulate(
+        static, x, weight, scale, zero, act_scale, act_offset
+    )
+    dx, dscale, dact = jax.vjp(run, x, scale, act_scale)[1](g)
+    return dx, None, dscale, None, dact, None
+
+
+_float8_linear.defvjp(_float8_forward, _float8_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

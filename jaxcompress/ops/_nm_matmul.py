@@ -10,9 +10,16 @@ from jax.typing import DTypeLike
 
 from jaxcompress.arrays._nm import fill, index_bits
 from jaxcompress.arrays._packing import packed_size
-from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
+from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
 from jaxcompress.ops._int8_matmul import check_sums, integer_dot, matmul_shape
-from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton, not_cut
+from jaxcompress.ops._kernels import (
+    blocks_of,
+    call_kernel,
+    chip,
+    no_pallas_tpu,
+    no_triton,
+    not_cut,
+)
 from jaxcompress.ops._quantized_matmul import float_dot
 
 __all__ = ["nm_matmul", "plan"]
@@ -113,7 +120,7 @@ def plan(
 ) -> Choice:
     """The implementation that `nm_matmul` takes on `platform`."""
     table = _table(_Static(n, m, weights, dtype, None))
-    return choose(table, Problem(m=rows, k=k, n=columns, dtype=dtype), platform)
+    return explained(table, Problem(m=rows, k=k, n=columns, dtype=dtype), platform)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -178,11 +185,15 @@ def _table(static: _Static) -> tuple[Implementation, ...]:
             return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
         return not_cut(platform)
 
+    pattern = (static.n, static.m)
+    kept = lambda p: (p.m, p.n, p.k // static.m * static.n, pattern)
+    tpu_blocks = blocks_of("nm_matmul", "pallas_tpu", kept)
+    gpu_blocks = blocks_of("nm_matmul", "triton", lambda p: (p.m, p.n))
     does = "kept values are loaded, zeros put back in fast memory"
     run = lambda f: functools.partial(f, static)
     return (
-        Implementation("pallas_tpu", does, run(_pallas_tpu), tpu_refuses, defers),
-        Implementation("triton", does, run(_triton), gpu_refuses, defers),
+        Implementation("pallas_tpu", does, run(_pallas_tpu), tpu_refuses, defers, tpu_blocks),
+        Implementation("triton", does, run(_triton), gpu_refuses, defers, gpu_blocks),
         Implementation("reference", "zeros are put back, a dense product", run(_reference)),
     )
 

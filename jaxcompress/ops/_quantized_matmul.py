@@ -23,7 +23,14 @@ from jaxcompress.ops._int8_matmul import (
     matmul_shape,
     scaled_sums,
 )
-from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton, not_cut
+from jaxcompress.ops._kernels import (
+    blocks_of,
+    call_kernel,
+    chip,
+    no_pallas_tpu,
+    no_triton,
+    not_cut,
+)
 
 __all__ = ["quantized_matmul"]
 
@@ -405,15 +412,26 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
         return functools.partial(_finished, run, static)
 
     native: Callable[..., jax.Array] = functools.partial(_cpu, static)
+    tpu_blocks, gpu_blocks = (
+        blocks_of("quantized_matmul", backend, lambda p: (p.m, p.n, p.k, p.group))
+        for backend in ("pallas_tpu", "triton")
+    )
     decodes = "a float product of the decoded weight"
     fused = "a float product of the weight, decoded in registers"
     return (
         Implementation("cpu", "activations as int8 digits, native", native, _cpu_refuses),
         Implementation("xla", "activations as int8 digits by XLA", bound(_xla), _xla_refuses),
         Implementation(
-            "pallas_tpu", fused, bound(_pallas_tpu), _pallas_tpu_refuses, _kernel_defers
+            "pallas_tpu",
+            fused,
+            bound(_pallas_tpu),
+            _pallas_tpu_refuses,
+            _kernel_defers,
+            tpu_blocks,
         ),
-        Implementation("triton", fused, bound(_triton), _triton_refuses, _kernel_defers),
+        Implementation(
+            "triton", fused, bound(_triton), _triton_refuses, _kernel_defers, gpu_blocks
+        ),
         Implementation("reference", decodes, bound(_reference)),
     )
 

@@ -19,7 +19,14 @@ from jaxcompress.ops._int8_matmul import (
     matmul_shape,
     scaled_sums,
 )
-from jaxcompress.ops._kernels import call_kernel, chip, no_pallas_tpu, no_triton, not_cut
+from jaxcompress.ops._kernels import (
+    blocks_of,
+    call_kernel,
+    chip,
+    no_pallas_tpu,
+    no_triton,
+    not_cut,
+)
 
 __all__ = ["w4a8_matmul"]
 
@@ -216,6 +223,10 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
     def bound(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return functools.partial(run, static)
 
+    tpu_blocks, gpu_blocks = (
+        blocks_of("w4a8_matmul", backend, lambda p: (p.m, p.n, p.k, p.group))
+        for backend in ("pallas_tpu", "triton")
+    )
     fused = "int8 x int4 -> int32 within a group, unpacked and scaled in the kernel"
     native, xla = (
         "unpacked, then native uint8 x int8 -> int32",
@@ -225,8 +236,10 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
     return (
         Implementation("cpu", native, bound(_cpu), cpu_refuses),
         Implementation("xla", xla, bound(_xla), _xla_refuses),
-        Implementation("pallas_tpu", fused, bound(_pallas_tpu), _pallas_tpu_refuses, _defers),
-        Implementation("triton", fused, bound(_triton), _triton_refuses, _defers),
+        Implementation(
+            "pallas_tpu", fused, bound(_pallas_tpu), _pallas_tpu_refuses, _defers, tpu_blocks
+        ),
+        Implementation("triton", fused, bound(_triton), _triton_refuses, _defers, gpu_blocks),
         Implementation("reference", reference, bound(_reference)),
     )
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxcompress.kernels.block_table import block_table, row_of
 from jaxcompress.kernels.pallas_tpu_tiles import pad, tile, varying, whole_tiles
 
 __all__ = ["BLOCKS", "block_sparse_matmul", "blocks", "sampled_matmul", "steps"]
@@ -23,13 +24,7 @@ __all__ = ["BLOCKS", "block_sparse_matmul", "blocks", "sampled_matmul", "steps"]
 # block_m by `device_kind`: rows of the dense operand for which one block of the weight is
 # read once. The larger it is, the more products a step makes. Chosen by what fits; no
 # device has measured them.
-BLOCKS = {
-    "TPU v5 lite": 1024,
-    "TPU v5": 1024,
-    "TPU v6 lite": 2048,
-    "TPU7x": 1024,
-}
-DEFAULT = 512
+BLOCKS = block_table("block_sparse_matmul", "pallas_tpu")
 # What the program spells out of a product, in rows, along what is summed, and in columns;
 # a larger block is a loop over such tiles. A product in float32 takes more registers.
 _TILES = {2: (128, 512, 256), 4: (16, 128, 128)}  # by the bytes of a number
@@ -40,7 +35,8 @@ _VMEM = 60 * 2**20  # what a kernel may take; the compiler refuses more than the
 
 def blocks(m: int, itemsize: int, chip: str | None = None) -> int:
     """The rows of a block of the dense operand: a function of shape and chip alone."""
-    return min(whole_tiles(m, _TILES[itemsize][0]), BLOCKS.get(chip or "", DEFAULT))
+    [[largest]] = row_of(BLOCKS, chip)
+    return min(whole_tiles(m, _TILES[itemsize][0]), largest)
 
 
 def steps(
@@ -193,7 +189,8 @@ def sampled_matmul(
     out = jax.ShapeDtypeStruct((b, e * height, width), jnp.float32, manual_axis_type=varying(x, g))
     if 0 in (b, m, k, e, g.shape[2]):
         return jnp.zeros(out.shape, out.dtype)
-    block_m = block or min(whole_tiles(m, _LANES), BLOCKS.get(chip or "", DEFAULT))
+    [[largest]] = row_of(BLOCKS, chip)
+    block_m = block or min(whole_tiles(m, _LANES), largest)
     # Zeros below the last row: what stands there in memory would count. And x is turned
     # once, not for each block that it meets.
     rows = -(-m // block_m) * block_m

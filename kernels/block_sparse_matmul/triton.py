@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from jaxcompress.kernels.block_table import block_table, row_of
 from jaxcompress.kernels.triton_launch import Blocks, triton_call
 
 __all__ = ["BLOCKS", "Blocks", "block_sparse_matmul", "blocks", "sampled_matmul"]
@@ -18,24 +19,13 @@ __all__ = ["BLOCKS", "Blocks", "block_sparse_matmul", "blocks", "sampled_matmul"
 # By compute capability, or the name of the architecture on AMD: a tile for few rows of
 # activations, one for many, and one for the gradient of the weight, whose n and k are at
 # most the sides of a block. No device has measured them.
-BLOCKS = {
-    "8.0": (Blocks(16, 64, 64, 4, 4), Blocks(128, 128, 32, 8, 3), Blocks(64, 64, 64, 4, 3)),
-    "8.6": (Blocks(16, 64, 64, 4, 4), Blocks(64, 128, 32, 4, 3), Blocks(64, 64, 64, 4, 2)),
-    "8.9": (Blocks(16, 64, 64, 4, 4), Blocks(64, 128, 32, 4, 3), Blocks(64, 64, 64, 4, 2)),
-    "9.0": (Blocks(16, 64, 64, 4, 4), Blocks(128, 128, 64, 8, 3), Blocks(64, 64, 64, 4, 3)),
-    "10.0": (Blocks(16, 64, 64, 4, 4), Blocks(128, 128, 64, 8, 3), Blocks(64, 64, 64, 4, 3)),
-    "12.0": (Blocks(16, 64, 64, 4, 4), Blocks(64, 128, 32, 4, 3), Blocks(64, 64, 64, 4, 2)),
-    "gfx90a": (Blocks(16, 64, 64, 4, 2), Blocks(64, 64, 32, 4, 2), Blocks(64, 64, 64, 4, 2)),
-    "gfx942": (Blocks(16, 64, 64, 4, 2), Blocks(64, 64, 32, 4, 2), Blocks(64, 64, 64, 4, 2)),
-    "gfx950": (Blocks(16, 64, 64, 4, 2), Blocks(64, 64, 32, 4, 2), Blocks(64, 64, 64, 4, 2)),
-}
-DEFAULT = (Blocks(16, 64, 64, 4, 2), Blocks(64, 64, 32, 4, 2), Blocks(64, 64, 64, 4, 2))
+BLOCKS = block_table("block_sparse_matmul", "triton", Blocks)
 _FEW = 16  # rows that one instruction takes
 
 
 def blocks(m: int, side: int, piece: int, chip: str | None = None, sampled: bool = False) -> Blocks:
     """The tile for lines of `side` and pieces of `piece`: a function of shape and chip alone."""
-    few, many, gradient = BLOCKS.get(chip or "", DEFAULT)
+    few, many, gradient = row_of(BLOCKS, chip)
     best = gradient if sampled else few if m <= _FEW else many
     # A tile lies within a block: the largest power of two that divides its side.
     return best._replace(n=min(best.n, side & -side), k=min(best.k, piece & -piece))

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxcompress.kernels.block_table import block_table, row_of
 from jaxcompress.kernels.pallas_tpu_tiles import tile, varying, whole_tiles
 
 __all__ = ["BLOCKS", "blocks", "int8_matmul"]
@@ -24,13 +25,7 @@ __all__ = ["BLOCKS", "blocks", "int8_matmul"]
 # 4096. block_k is 1024 at most: a TPU7x has no int8 product and makes bfloat16 ones, which
 # are summed in float32 within a block, and 1024 x 128^2 = 2^24 is what that holds exactly.
 # Chosen from published bandwidths and from what fits; no device has measured them.
-BLOCKS = {
-    "TPU v5 lite": (1024, 1024, 512),
-    "TPU v5": (512, 1024, 512),
-    "TPU v6 lite": (2048, 2048, 512),
-    "TPU7x": (512, 1024, 512),
-}
-DEFAULT = (512, 512, 512)
+BLOCKS = block_table("int8_matmul", "pallas_tpu")
 # What the program spells out; a larger block is a loop over such tiles. Twice as large in
 # either direction, sums spill from the registers.
 _ROWS, _COLUMNS = 128, 256
@@ -39,7 +34,7 @@ _VMEM = 96 * 2**20  # what a kernel may take; the compiler refuses more than the
 
 def blocks(m: int, n: int, k: int, chip: str | None = None) -> tuple[int, int, int]:
     """The blocks for a product of this size: a function of shape and chip alone."""
-    block_m, block_n, block_k = BLOCKS.get(chip or "", DEFAULT)
+    [(block_m, block_n, block_k)] = row_of(BLOCKS, chip)
     # A block may be the whole of a dimension, whatever its size; and one that divides `k`
     # needs no zeros.
     whole = [c for c in range(block_k, 127, -128) if k % c == 0]

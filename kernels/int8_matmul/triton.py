@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from jaxcompress.kernels.block_table import block_table, row_of
 from jaxcompress.kernels.triton_launch import Blocks, triton_call
 
 __all__ = ["BLOCKS", "Blocks", "blocks", "int8_matmul"]
@@ -19,24 +20,13 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "int8_matmul"]
 
 # By compute capability, or the name of the architecture on AMD. With four warps a tile of
 # 128 x 128 spills on sm_80, with eight it does not. No device has measured them.
-BLOCKS = {
-    "8.0": Blocks(128, 128, 64, 8, 3),
-    "8.6": Blocks(64, 128, 64, 4, 3),
-    "8.9": Blocks(64, 128, 64, 4, 3),
-    "9.0": Blocks(128, 128, 128, 8, 3),
-    "10.0": Blocks(128, 128, 128, 8, 3),
-    "12.0": Blocks(128, 64, 64, 4, 3),
-    "gfx90a": Blocks(128, 128, 64, 4, 2),
-    "gfx942": Blocks(128, 128, 64, 4, 2),
-    "gfx950": Blocks(128, 128, 64, 4, 2),
-}
-DEFAULT = Blocks(64, 64, 64, 4, 2)
+BLOCKS = block_table("int8_matmul", "triton", Blocks)
 _SMALLEST = 16  # rows and columns that the instruction takes
 
 
 def blocks(m: int, n: int, k: int, chip: str | None = None) -> Blocks:
     """The tile for a product of this size: a function of shape and chip alone."""
-    best = BLOCKS.get(chip or "", DEFAULT)
+    [best] = row_of(BLOCKS, chip)
     fit = lambda size, most: min(most, max(_SMALLEST, triton.next_power_of_2(size)))
     return best._replace(m=fit(m, best.m), n=fit(n, best.n))
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxcompress.kernels.block_table import block_table, row_of
 from jaxcompress.kernels.pallas_tpu_tiles import pad, tile, varying, whole_tiles
 
 __all__ = ["BLOCKS", "blocks", "nm_matmul"]
@@ -23,13 +24,7 @@ __all__ = ["BLOCKS", "blocks", "nm_matmul"]
 # (block_m, block_n, kept rows of a block) by `device_kind`. Few rows of activations read
 # every weight once, whatever the block; many want block_m large, as each block of rows puts
 # the zeros back again. Chosen by what fits; no device has measured them.
-BLOCKS = {
-    "TPU v5 lite": (512, 512, 512),
-    "TPU v5": (512, 512, 512),
-    "TPU v6 lite": (1024, 512, 512),
-    "TPU7x": (512, 512, 512),
-}
-DEFAULT = (256, 512, 256)
+BLOCKS = block_table("nm_matmul", "pallas_tpu")
 # What the program spells out of a product, and of a weight to fill in; a larger block is a
 # loop over such tiles. Larger ones spill from the registers.
 _ROWS, _COLUMNS = 64, 256
@@ -47,7 +42,7 @@ def blocks(
     m: int, n: int, kept: int, pattern: tuple[int, int], chip: str | None = None
 ) -> tuple[int, int, int]:
     """The blocks for `kept` stored rows: a function of shape and chip alone."""
-    block_m, block_n, block_k = BLOCKS.get(chip or "", DEFAULT)
+    [(block_m, block_n, block_k)] = row_of(BLOCKS, chip)
     block_k = min(block_k, block_k * 4 * pattern[0] // (2 * pattern[1]))  # of sparser ones less
     block_k = max(_STRIP, block_k // _STRIP * _STRIP)
     return (

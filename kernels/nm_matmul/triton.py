@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from jaxcompress.kernels.block_table import block_table, row_of
 from jaxcompress.kernels.triton_launch import Blocks, triton_call
 
 __all__ = ["BLOCKS", "Blocks", "blocks", "nm_matmul"]
@@ -20,24 +21,13 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "nm_matmul"]
 # By compute capability, or the name of the architecture on AMD: a tile for few rows of
 # activations, which is bound by the weight's bytes, and one for many. k counts groups. No
 # device has measured them.
-BLOCKS = {
-    "8.0": (Blocks(16, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 2)),
-    "8.6": (Blocks(16, 64, 32, 4, 3), Blocks(64, 32, 32, 4, 2)),
-    "8.9": (Blocks(16, 64, 32, 4, 3), Blocks(64, 32, 32, 4, 2)),
-    "9.0": (Blocks(16, 64, 32, 4, 2), Blocks(128, 64, 32, 8, 2)),
-    "10.0": (Blocks(16, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 2)),
-    "12.0": (Blocks(16, 64, 32, 4, 3), Blocks(64, 32, 32, 4, 2)),
-    "gfx90a": (Blocks(16, 64, 32, 4, 2), Blocks(64, 64, 32, 4, 2)),
-    "gfx942": (Blocks(16, 64, 32, 4, 2), Blocks(64, 64, 32, 4, 2)),
-    "gfx950": (Blocks(16, 64, 32, 4, 2), Blocks(64, 64, 32, 4, 2)),
-}
-DEFAULT = (Blocks(16, 64, 32, 4, 2), Blocks(64, 64, 32, 4, 2))
+BLOCKS = block_table("nm_matmul", "triton", Blocks)
 _FEW = 16  # rows that one instruction takes
 
 
 def blocks(m: int, n: int, chip: str | None = None) -> Blocks:
     """The tile for a product of this size: a function of shape and chip alone."""
-    few, many = BLOCKS.get(chip or "", DEFAULT)
+    few, many = row_of(BLOCKS, chip)
     best = few if m <= _FEW else many
     return best._replace(n=min(best.n, max(16, triton.next_power_of_2(n))))
 

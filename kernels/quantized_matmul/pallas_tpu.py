@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxcompress.kernels.block_table import block_table, row_of
 from jaxcompress.kernels.pallas_tpu_tiles import pad, spread, tile, varying, weight_blocks
 
 __all__ = ["BLOCKS", "blocks", "quantized_matmul"]
@@ -23,13 +24,7 @@ __all__ = ["BLOCKS", "blocks", "quantized_matmul"]
 # packed rows of any width fill tiles of 32. Few rows of activations read every weight
 # once, whatever the block; many want block_m large, as each block of rows decodes the
 # weight again. Chosen by what fits; no device has measured them.
-BLOCKS = {
-    "TPU v5 lite": (512, 512, 1024),
-    "TPU v5": (512, 512, 1024),
-    "TPU v6 lite": (1024, 512, 1024),
-    "TPU7x": (512, 512, 1024),
-}
-DEFAULT = (256, 512, 512)
+BLOCKS = block_table("quantized_matmul", "pallas_tpu")
 # What the program spells out of a product, and of a weight to decode; a larger block is a
 # loop over such tiles. Larger ones spill from the registers.
 _ROWS, _COLUMNS = 64, 256
@@ -44,7 +39,7 @@ def blocks(
     m: int, n: int, k: int, group_size: int | None = None, chip: str | None = None
 ) -> tuple[int, int, int]:
     """The blocks for a product of this size: a function of shape and chip alone."""
-    largest = BLOCKS.get(chip or "", DEFAULT)
+    [largest] = row_of(BLOCKS, chip)
     return weight_blocks(largest, (_ROWS, _COLUMNS), m, n, k, group_size)
 
 

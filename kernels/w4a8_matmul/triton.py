@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from jaxcompress.kernels.block_table import block_table, row_of
 from jaxcompress.kernels.triton_launch import Blocks, triton_call
 
 __all__ = ["BLOCKS", "Blocks", "blocks", "w4a8_matmul"]
@@ -21,18 +22,7 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "w4a8_matmul"]
 # By compute capability, or the name of the architecture on AMD: a tile for few rows of
 # activations, which is bound by the weight's bytes, and one for many. No device has
 # measured them.
-BLOCKS = {
-    "8.0": (Blocks(16, 64, 128, 4, 4), Blocks(128, 64, 128, 8, 3)),
-    "8.6": (Blocks(16, 64, 128, 4, 4), Blocks(64, 64, 128, 4, 3)),
-    "8.9": (Blocks(16, 64, 128, 4, 4), Blocks(64, 64, 128, 4, 3)),
-    "9.0": (Blocks(16, 64, 128, 4, 4), Blocks(128, 64, 128, 8, 3)),
-    "10.0": (Blocks(16, 64, 128, 4, 4), Blocks(128, 64, 128, 8, 3)),
-    "12.0": (Blocks(16, 64, 128, 4, 4), Blocks(64, 64, 128, 4, 3)),
-    "gfx90a": (Blocks(16, 64, 128, 4, 2), Blocks(64, 64, 128, 4, 2)),
-    "gfx942": (Blocks(16, 64, 128, 4, 2), Blocks(64, 64, 128, 4, 2)),
-    "gfx950": (Blocks(16, 64, 128, 4, 2), Blocks(64, 64, 128, 4, 2)),
-}
-DEFAULT = (Blocks(16, 64, 128, 4, 2), Blocks(64, 64, 128, 4, 2))
+BLOCKS = block_table("w4a8_matmul", "triton", Blocks)
 _FEW = 16  # rows that one instruction takes
 _PACKED = 64  # codes in a block of bit planes
 
@@ -41,7 +31,7 @@ def blocks(
     m: int, n: int, k: int, group_size: int | None = None, chip: str | None = None
 ) -> Blocks:
     """The tile for a product of this size: a function of shape and chip alone."""
-    few, many = BLOCKS.get(chip or "", DEFAULT)
+    few, many = row_of(BLOCKS, chip)
     best = few if m <= _FEW else many
     # A step lies within one group, or is one block of bit planes that holds two.
     block_k = max(_PACKED, min(best.k, group_size or best.k))

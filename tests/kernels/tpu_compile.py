@@ -1,6 +1,6 @@
 """Compiles the kernels for four TPUs, without one, and reads the schedules.
 
-python tests/kernels/tpu_compile.py [--write]: libtpu's own compiler takes each kernel for
+python tests/kernels/tpu_compile.py [--write] [OP ...]: libtpu's own compiler takes each kernel for
 each chip or refuses it. Its final schedule says which matrix instruction there is, how
 many bundles the body has, and whether registers went to memory and back. That is evidence
 of the code, not of its speed: nothing runs. `--write` makes expected_tpu.json anew.
@@ -26,6 +26,7 @@ DUMP = tempfile.TemporaryDirectory()
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_llo_text=true"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
@@ -153,6 +154,8 @@ def verdict(facts):
 
 def check_compiles(report, chip, device):
     for op, (kernel, cases) in KERNELS.items():
+        if not report.wants(op):
+            continue
         for case, (args, options) in cases.items():
             facts = schedule(op, compiled(kernel, args, options, device))
             report.check(op, "pallas_tpu", chip, case, facts, verdict(facts))
@@ -224,6 +227,27 @@ def check_memory(report, chip, device):
     report.check("quantized_matmul", "pallas_tpu", chip, "temporary bytes", facts, wrong)
 
 
+def check_eight_bit_floats(report, chip, device):
+    """XLA's own product of them: a TPU7x multiplies them as they are, the others widen them."""
+    place = lambda *shape, kind=jnp.float32: Shape(
+        shape, kind, sharding=SingleDeviceSharding(device)
+    )
+    run = lambda x, w, x_scale, w_scale: jc.ops.scaled_matmul(
+        x, w, x_scale=x_scale, w_scale=w_scale, dtype=jnp.bfloat16, implementation="xla"
+    )
+    float8 = functools.partial(place, kind=jnp.float8_e4m3fn)
+    before = set(Path(DUMP.name).iterdir())
+    args = float8(256, 512), float8(512, 256), place(256, 1), place(1, 256)
+    jax.jit(run).lower(*args).compile()
+    dumped = set(Path(DUMP.name).iterdir()) - before
+    bundles = "".join(f.read_text() for f in dumped if "final_bundles.txt" in f.name)
+    kinds = re.findall(r"\bvmatmul[\w.]*?\.(bf16|f32|f8\w*)\b", bundles)
+    facts = {"matmul": sorted(set(kinds))}
+    is_native = facts["matmul"] == ["f8e4m3fn"]
+    wrong = None if is_native == (chip == "tpu7x") else f"not what the table of chips says: {facts}"
+    report.check("scaled_matmul", "xla", chip, "float8_e4m3fn", facts, wrong)
+
+
 def check_sharded(report):
     """Rows and columns over four chips: each decodes its own, and gathers nothing."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
@@ -243,14 +267,27 @@ def check_sharded(report):
         report.check(op, "pallas_tpu", "v5e", "rows and columns sharded", wrong=wrong)
 
 
+# And the ops that they look at.
+CHECKS = {
+    check_compiles: KERNELS,
+    check_refusals: ("int8_matmul", "quantized_matmul"),
+    check_rooflines: ("int8_matmul", "nm_matmul", "quantized_matmul", "w4a8_matmul"),
+    check_blocks: ("block_sparse_matmul",),
+    check_memory: ("quantized_matmul",),
+    check_eight_bit_floats: ("scaled_matmul",),
+}
+
+
 def main():
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     report = Report("expected_tpu.json", versions)
     for chip, topology in TOPOLOGIES.items():
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        for check in (check_compiles, check_refusals, check_rooflines, check_blocks, check_memory):
-            check(report, chip, described.devices[0])
-    check_sharded(report)
+        for check, ops in CHECKS.items():
+            if any(map(report.wants, ops)):
+                check(report, chip, described.devices[0])
+    if report.wants("quantized_matmul"):
+        check_sharded(report)
     report.finish()
 
 

@@ -1,6 +1,7 @@
 """`block_sparse_matmul` and its gradients against textbook loops, by XLA and by the TPU kernels."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -135,11 +136,15 @@ def test_int8_blocks_and_a_dtype():
 )
 def test_who_takes_what(block, dtype, weights, platform, name, reason, monkeypatch):
     monkeypatch.setattr(_kernels, "_has_jax_triton", lambda: True)
-    if platform == "cuda":
+    if platform == "cuda":  # and Triton, which chooses the tile, may be absent
         monkeypatch.setattr(_kernels, "chip", lambda platform: "9.0")
+        tile = SimpleNamespace(blocks=lambda *sizes, chip: 64)
+        monkeypatch.setattr(_kernels, "kernel_module", lambda op, backend: tile)
     choice = _block_sparse.plan(16, 1024, 1024, block, weights, dtype, platform)
     assert choice.implementation.name == name
     assert reason in choice.why
+    said = "blocks of" in choice.why
+    assert said == (name != "reference")
 
 
 def test_a_program_for_tpus_has_three_kernels():

@@ -96,8 +96,14 @@ def test_float_activations_of_eight_bits():
     seen = (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
     got = jax.jit(jc.accelerate(matmul))({"w": q}, x)
     assert_near(got, seen @ dense(q), np.abs(seen) @ np.abs(dense(q)))
+    grads = jax.grad(lambda x: jc.accelerate(matmul)({"w": q}, x).sum())(jnp.asarray(x))
+    # Through the rounding: that of a product with the weight, which rounds to float32.
+    assert_near(grads, np.ones((9, 5)) @ dense(q).T, np.ones((9, 5)) @ np.abs(dense(q)).T)
     [row] = jc.explain(matmul, {"w": q}, x)
-    assert row.why == "a float product of the decoded float8_e4m3"
+    assert (row.op, row.implementation) == ("scaled_matmul", "reference")
+    assert "not xla: cpu has no unit for floats of eight bits" in row.why
+    twin = jc.quantize.prepare_qat({"w": jnp.asarray(w)}, {"w": spec})
+    np.testing.assert_array_equal(jax.jit(jc.accelerate(matmul))(twin, x), got)
 
 
 VIEWS = {

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 import oracles
 from checks import ON_CPU, quantized, random
+from jaxcompress.kernels.triton_launch import Blocks
 from jaxcompress.ops import _int8_matmul, _kernels, _quantized_matmul
 from jaxcompress.ops._choice import Problem, choose
 from jaxcompress.ops._kernels import call_kernel
@@ -126,6 +127,24 @@ def test_explain_and_the_program_agree_for_tpus():
     [row] = jc.explain(fn, params, x, platform="cpu")
     assert row.implementation == ON_CPU
     assert "tpu_custom_call" not in lowered(jc.accelerate(fn), params, x, platform="cpu")
+
+
+def test_explain_says_how_a_kernel_cuts_the_product(monkeypatch):
+    params = {
+        "float": quantized(random(512, 256), jc.quantize.int4(group_size=64)),
+        "integer": quantized(random(512, 256), jc.quantize.w4a8(group_size=128)),
+    }
+    fn = lambda p, x: (x @ p["float"], x @ p["integer"])
+    for here, words in ((None, "by default"), ("TPU v6 lite", "for TPU v6 lite")):
+        monkeypatch.setattr(_kernels, "chip", lambda platform, here=here: here)
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        for row in jc.explain(fn, params, random(1000, 512), platform="tpu"):
+            kernel = _kernels.kernel_module(row.op, "pallas_tpu")
+            group = 64 if row.path == "float" else 128
+            cut = kernel.blocks(1000, 256, 512, group, here)
+            assert row.why.endswith(f"; blocks of {' x '.join(map(str, cut))}, {words}")
+    tile = Blocks(m=16, n=64, k=128, num_warps=4, num_stages=3)
+    assert _kernels._in_words(tile) == "tiles of 16 x 64 x 128, 4 warps, 3 stages"
 
 
 @pytest.mark.parametrize("op", ["quantized_matmul", "w4a8_matmul"])

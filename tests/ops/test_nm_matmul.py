@@ -1,5 +1,7 @@
 """`nm_matmul` and its gradients against textbook loops, by XLA and by the TPU kernel."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,11 +101,15 @@ def test_the_kernel_for_tpus_in_the_op(codes, monkeypatch):
 )
 def test_who_takes_what(pattern, dtype, weights, platform, name, reason, monkeypatch):
     monkeypatch.setattr(_kernels, "_has_jax_triton", lambda: True)
-    if platform == "cuda":
+    if platform == "cuda":  # and Triton, which chooses the tile, may be absent
         monkeypatch.setattr(_kernels, "chip", lambda platform: "9.0")
+        tile = SimpleNamespace(blocks=lambda *sizes, chip: 64)
+        monkeypatch.setattr(_kernels, "kernel_module", lambda op, backend: tile)
     choice = _nm_matmul.plan(16, 1024, 1024, *pattern, weights, dtype, platform)
     assert choice.implementation.name == name
     assert reason in choice.why
+    said = "blocks of" in choice.why
+    assert said == (name != "reference")
 
 
 def test_explain_and_the_program_agree_for_tpus():
