@@ -91,15 +91,18 @@ def run(fn: Callable[..., Any], leaves: list[Any]) -> list[Any]:
     def call(*tracers: Any) -> list[Any]:
         given = iter(tracers)
         mixed = [next(given) if is_traced else leaf for leaf, is_traced in zip(flat, traced)]
-        found[:] = jax.tree.flatten(_quax.run(fn, jax.tree.unflatten(treedef, mixed)))
-        return [leaf for leaf in found[0] if isinstance(leaf, jax.core.Tracer)]
+        outs, out_treedef = jax.tree.flatten(_quax.run(fn, jax.tree.unflatten(treedef, mixed)))
+        is_traced = [isinstance(leaf, jax.core.Tracer) for leaf in outs]
+        # Nothing of this trace is kept beyond it.
+        found[:] = [None if t else leaf for leaf, t in zip(outs, is_traced)], is_traced, out_treedef
+        return [leaf for leaf, t in zip(outs, is_traced) if t]
 
     tracers = [leaf for leaf, is_traced in zip(flat, traced) if is_traced]
     with _marking():
         closed = jax.make_jaxpr(call)(*tracers)
         results = iter(_evaluate(closed, tracers))
-    outs, out_treedef = found
-    whole = [next(results) if isinstance(leaf, jax.core.Tracer) else leaf for leaf in outs]
+    outs, is_traced, out_treedef = found
+    whole = [next(results) if t else leaf for leaf, t in zip(outs, is_traced)]
     return jax.tree.unflatten(out_treedef, whole)
 
 

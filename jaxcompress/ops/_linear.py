@@ -64,7 +64,8 @@ def linear(
         values = w.numbers()
     kinds = _float8(w)
     if kinds is not None:
-        return _float8_linear(static, kinds, x, w.values, *scales).astype(dtype)
+        out = _float8_linear(static, kinds, x, w.values, *scales)
+        return finish(out, bias, activation, residual).astype(dtype)
     if _floats(w) is not None:
         out = _simulate(static, x, values, *scales)
         return finish(out, bias, activation, residual).astype(dtype)

@@ -212,14 +212,25 @@ void finish(const uint32_t* acc, size_t count, size_t columns, const float* row_
   }
 }
 
+template <int kDigits>
+void join_digits(const float* __restrict sums, size_t count, size_t columns,
+                 const float* row_scale, float* __restrict out, size_t pitch) {
+  for (size_t i = 0; i < count; ++i, sums += kDigits * kColumns, out += pitch) {
+    const float row = row_scale[i];
+    for (size_t c = 0; c < columns; ++c) {
+      float total = sums[(kDigits - 1) * kColumns + c];
+      for (int d = kDigits - 2; d >= 0; --d) total = sums[d * kColumns + c] + total / 128.0f;
+      out[c] = total * row;
+    }
+  }
+}
+
 void join(const float* sums, size_t count, size_t columns, int digits, const float* row_scale,
           float* out, size_t pitch) {
-  for (size_t i = 0; i < count; ++i, sums += digits * kColumns, out += pitch) {
-    for (size_t c = 0; c < columns; ++c) {
-      float total = sums[(digits - 1) * kColumns + c];
-      for (int d = digits - 2; d >= 0; --d) total = sums[d * kColumns + c] + total / 128.0f;
-      out[c] = total * row_scale[i];
-    }
+  switch (digits) {  // a constant for the inner loop
+    case 1: return join_digits<1>(sums, count, columns, row_scale, out, pitch);
+    case 3: return join_digits<3>(sums, count, columns, row_scale, out, pitch);
+    default: return join_digits<4>(sums, count, columns, row_scale, out, pitch);
   }
 }
 
@@ -242,9 +253,10 @@ void runs_by(Rows x, const int32_t* starts, size_t runs, size_t count, const uin
 }
 
 // What a path shares with the others; it adds its tile.
-#define JAXCOMPRESS_PATH(name, rows, tile, tile_runs, tile4, sparse)                        \
-  {name,   rows, tile, tile_runs, tile4, quantize, decode, gather, start, scale, \
-   finish, join, epilogue, sum, &sparse}
+#define JAXCOMPRESS_PATH(name, rows, tile, tile_runs, tile4, tile_group, tile4_group, sparse)     \
+  {name,       rows,        tile,     tile_runs, tile4,  tile_group, tile4_group, quantize, \
+   decode,     gather,      start,    scale,     finish, join,       epilogue,    sum,      \
+   &sparse}
 
 }  // namespace
 }  // namespace jaxcompress

@@ -44,6 +44,16 @@ struct Epilogue {
   }
 };
 
+// A whole group of codes: out[i][c] (+)= (sums of products - offset * sums[i * pitch]) * scale[c].
+struct Group {
+  const int32_t* sums;
+  size_t pitch;
+  uint32_t offset;
+  const float* scale;  // of all columns of the panels
+  bool add;
+  float* out;  // [count][kColumns]
+};
+
 struct SparsePath;
 
 struct Path {
@@ -66,6 +76,13 @@ struct Path {
   // For few rows, which wait for memory: a steady stream. Null where `decode` has to do.
   void (*tile4)(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pitch,
                 size_t blocks, uint32_t* acc);
+
+  // `tile` and `tile4` of a whole group, from `start` to `scale`, without a way through memory.
+  // Null, both, where the four have to do.
+  void (*tile_group)(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pitch,
+                     size_t quads, const Group& group);
+  void (*tile4_group)(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pitch,
+                      size_t blocks, const Group& group);
 
   // `digits` rows of codes for one row of floats; returns the row's scale.
   // One digit: codes = round(clip(x / scale, -high, high)), scale = max|x| / high, or the

@@ -76,6 +76,6 @@ void tile(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pi
 
 }  // namespace
 
-extern const Path kNeonDot = JAXCOMPRESS_PATH("neondot", 4, tile, runs_by<tile>, nullptr, kSparsePortable);
+extern const Path kNeonDot = JAXCOMPRESS_PATH("neondot", 4, tile, runs_by<tile>, nullptr, nullptr, nullptr, kSparsePortable);
 
 }  // namespace jaxcompress

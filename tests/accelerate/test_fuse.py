@@ -42,8 +42,13 @@ def assert_same(fn, params, *args):
     return got
 
 
-@pytest.mark.parametrize("kind", ["w8a8", "w4a8", "w8a16", "sparse", "blocks"])
-@pytest.mark.parametrize("which", range(len(ACTIVATIONS)))
+@pytest.mark.parametrize(
+    ("kind", "which"),
+    [
+        *(("w8a8", which) for which in range(len(ACTIVATIONS))),
+        *(("w4a8", 2), ("w8a16", 4), ("sparse", 2), ("blocks", 0), ("blocks", 3)),
+    ],
+)
 def test_bias_activation_and_sum_are_inside(kind, which):
     w, act = weight(kind), ACTIVATIONS[which] or (lambda x: x)
     more = random(2, 5, 48, seed=3)
@@ -79,6 +84,19 @@ def test_what_others_need_stays_outside(fn):
 def test_in_bfloat16_every_step_rounds():
     fn = lambda w, x: (x @ w.astype(x.dtype)) + jnp.bfloat16(1)
     assert not any(why.endswith(" inside") for why in whys(fn, jnp.bfloat16(X)))
+
+
+def test_every_format_keeps_what_follows():
+    """Formats that go another way: floats of eight bits on both sides, and floats of four."""
+    fp8 = jc.quantize.fp8_e4m3().qtype
+    both = jc.quantize.Spec(qtype=fp8, act=jc.arrays.Activation(fp8))
+    fn = lambda w, x: X[..., :48] + jax.nn.relu(x @ w + BIAS)
+    for spec in (both, jc.quantize.nf4()):
+        w = jc.quantize.quantize({"w": jnp.asarray(random(64, 48))}, {"w": spec})["w"]
+        product = jax.jit(jc.accelerate(lambda w, x: x @ w))(w, X)
+        want = X[..., :48] + np.maximum(product + BIAS, 0)
+        within = 16 * EPS * np.abs(want).max()  # as above
+        np.testing.assert_allclose(jax.jit(jc.accelerate(fn))(w, X), want, rtol=0, atol=within)
 
 
 def test_what_lies_between_and_is_needed_ends_it():
