@@ -1,9 +1,10 @@
 """Products with a weight that keeps `n` of every `m` neighbours, on the matrix unit of a TPU.
 
-The weight travels from memory as it is stored: the kept values, and their places in a few
-bits each. Zeros are put back in fast memory, so what is saved is bytes, not products. The
-order of what is summed is free: a block of the weight becomes `m` pieces, the first rows
-of all groups, then the second ones, and so on, and the columns of x come in that order.
+The weight travels from memory as it is stored: the kept values, floats or integers of eight
+bits or fewer, and their places in a few bits each. Zeros are put back in fast memory, so
+what is saved is bytes, not products. The order of what is summed is free: a block of the
+weight becomes `m` pieces, the first rows of all groups, then the second ones, and so on,
+and the columns of x come in that order.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxcompress.kernels.block_table import block_table, row_of
-from jaxcompress.kernels.pallas_tpu_tiles import pad, tile, varying, whole_tiles
+from jaxcompress.kernels.pallas_tpu_tiles import pad, spread, tile, varying, whole_tiles
 
 __all__ = ["BLOCKS", "blocks", "nm_matmul"]
 
@@ -35,7 +36,7 @@ _WIDE, _STRIP, _GROUPS = 128, 256, 32
 _RESIDENT = 2 * 2**20  # bytes of x that stay in fast memory whole: read once, not per column
 _VMEM = 64 * 2**20  # what a kernel may take; the compiler refuses more than the chip has
 _PACKED = 64  # places in a block of bit planes
-_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
+_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 
 
 def blocks(
@@ -56,46 +57,69 @@ def nm_matmul(
     x: jax.Array,
     values: jax.Array,
     indices: jax.Array,
+    scale: jax.Array | None = None,
     *,
     pattern: tuple[int, int],
+    bits: int = 8,
+    group_size: int | None = None,
     dtype: Any = jnp.float32,
     chip: str | None = None,
     block: tuple[int, int, int] | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`x @ w`, summed in float32, or exactly in int32 where both are int8.
+    """`x @ (w * scale)`, summed in float32, or exactly in int32 where `x` is int8.
 
     `x[b, m, k]` is float32, bfloat16 or int8. With the pattern `(n, m)`, `values[b, k / m *
-    n, columns]` are floats or int8, and `indices[b, ., columns]` uint8 bit planes of their
-    places in each group of `m`. `n` and `m` are powers of two, at most 4 and 16.
+    n, columns]` are floats or int8, or uint8 bit planes of integers of `bits`, and
+    `indices[b, ., columns]` uint8 bit planes of their places in each group of `m`. `n` and
+    `m` are powers of two, at most 4 and 16. `scale[b, g, columns]` is for integers and a
+    float `x`; `group_size` neighbours along `k` share one, a power of two of which at least
+    16 are kept.
     """
     b, rows, k = x.shape
-    kept, columns = values.shape[1:]
+    columns = values.shape[2]
     n, m = pattern
+    kept = k // m * n
     integers = x.dtype == jnp.int8
     kind = jnp.int32 if integers else dtype
     out = jax.ShapeDtypeStruct((b, rows, columns), kind, manual_axis_type=varying(x, values))
     if 0 in (b, rows, columns, k):
         return jnp.zeros(out.shape, out.dtype)
     block_m, block_n, block_k = block or blocks(rows, columns, kept, pattern, chip)
-    bits = max(1, (m - 1).bit_length())
+    place_bits = max(1, (m - 1).bit_length())
+    value_bits = bits if values.dtype == jnp.uint8 else 8
     whole = -(-kept // block_k) * block_k
-    values, indices = pad(values, 1, whole), pad(indices, 1, whole // 8 * bits)
+    values = pad(values, 1, whole // 8 * value_bits)
+    indices = pad(indices, 1, whole // 8 * place_bits)
+    group = group_size // m * n if group_size is not None and group_size < k else None
     # Zeros in x beyond k; within a block the first columns of all groups, then the second.
     wide = block_k // n * m
     x = pad(x, 2, whole // n * m).reshape(b, rows, -1, wide // m, m)
     x = jnp.swapaxes(x, 3, 4).reshape(b, rows, -1)
     is_resident = block_m * x.shape[2] * x.dtype.itemsize <= _RESIDENT
     across = _WIDE if block_n % _WIDE == 0 else block_n
+    operands, scales = [x, values, indices], []
+    if scale is not None:
+        # The scales that a strip needs are a slice of their own: rows in the middle of a
+        # tile cannot be addressed.
+        per_strip = max(1, _STRIP // group) if group else 1
+        slices = -(-whole // (per_strip * group)) if group else 1
+        scale = pad(scale.astype(jnp.float32), 1, slices * per_strip)
+        operands.append(scale.reshape(b, slices, per_strip, columns))
+        shape = (None, slices, per_strip, block_n)
+        scales.append(pl.BlockSpec(shape, lambda b, i, j, k: (b, 0, 0, j)))
     return pl.pallas_call(
-        functools.partial(_kernel, n, m, bits),
+        functools.partial(_kernel, n, m, place_bits, value_bits, group),
         grid=(b, pl.cdiv(rows, block_m), pl.cdiv(columns, block_n), whole // block_k),
         in_specs=[
             pl.BlockSpec((None, block_m, x.shape[2]), lambda b, i, j, k: (b, i, 0))
             if is_resident
             else pl.BlockSpec((None, block_m, wide), lambda b, i, j, k: (b, i, k)),
-            pl.BlockSpec((None, block_k, block_n), lambda b, i, j, k: (b, k, j)),
-            pl.BlockSpec((None, block_k // 8 * bits, block_n), lambda b, i, j, k: (b, k, j)),
+            *(
+                pl.BlockSpec((None, block_k // 8 * bits, block_n), lambda b, i, j, k: (b, k, j))
+                for bits in (value_bits, place_bits)
+            ),
+            *scales,
         ],
         out_specs=pl.BlockSpec((None, block_m, block_n), lambda b, i, j, k: (b, i, j)),
         out_shape=out,
@@ -111,26 +135,34 @@ def nm_matmul(
         ),
         interpret=interpret,
         name="nm_matmul",
-    )(x, values, indices)
+    )(*operands)
 
 
-def _kernel(
-    n, m, bits, x_ref, values_ref, indices_ref, out_ref, strip_ref, place_ref, weight_ref, sums_ref
-):
+def _kernel(n, m, place_bits, value_bits, group, x_ref, values_ref, indices_ref, *refs):
+    *scale_ref, out_ref, strip_ref, place_ref, weight_ref, sums_ref = refs
     step, steps = pl.program_id(3), pl.num_programs(3)
     block_m, (wide, block_n) = x_ref.shape[0], weight_ref.shape
     groups = wide // m
     some, across = _STRIP // n, strip_ref.shape[1]
     tiles = block_n // across
 
-    @pl.loop(0, values_ref.shape[0] // _STRIP * tiles)
+    strips = wide // m * n // _STRIP
+
+    @pl.loop(0, strips * tiles)
     def _(i):
         strip, columns = lax.div(i, tiles), tile(lax.rem(i, tiles), across, block_n)
         # Only rows of 32 bits can be taken apart, every n-th one.
-        rows = tile(strip, _STRIP, values_ref.shape[0])
-        strip_ref[...] = values_ref[rows, columns].astype(jnp.float32)
-        here = tile(strip, _STRIP // 8 * bits, indices_ref.shape[0])
-        place_ref[...] = _unpack(indices_ref[here, columns], bits)
+        here = tile(strip, _STRIP // 8 * value_bits, values_ref.shape[0])
+        values = values_ref[here, columns]
+        if value_bits < 8:
+            values = _signed(_unpack(values, value_bits), value_bits)
+        values = values.astype(jnp.float32)
+        if group:
+            at = lax.div((step * strips + strip) * _STRIP, max(_STRIP, group))
+            values = values * spread(scale_ref[0][at, :, columns], _STRIP)
+        strip_ref[...] = values
+        here = tile(strip, _STRIP // 8 * place_bits, indices_ref.shape[0])
+        place_ref[...] = _unpack(indices_ref[here, columns], place_bits)
 
         @pl.loop(0, some // _GROUPS)
         def _(part):
@@ -174,12 +206,20 @@ def _kernel(
 
         @pl.when(step == steps - 1)
         def _():
-            out_ref[rows, columns] = sums_ref[rows, columns].astype(out_ref.dtype)
+            sums = sums_ref[rows, columns]
+            if scale_ref and not group:
+                sums = sums * scale_ref[0][0, :, columns]
+            out_ref[rows, columns] = sums.astype(out_ref.dtype)
 
 
 def _cast(piece, dtype):
     """Floats as `dtype`; a TPU makes int8 of int32 only."""
     return piece.astype(jnp.int32).astype(dtype) if dtype == jnp.int8 else piece.astype(dtype)
+
+
+def _signed(codes, bits):
+    """Codes of few bits with their sign."""
+    return (codes << (32 - bits)) >> (32 - bits)
 
 
 def _unpack(packed, bits):

@@ -71,13 +71,15 @@ def entries(k, n, block):
     return -(-k // block[0]) * -(-n // block[1]) // 4
 
 
-def nm_case(m, k, n, pattern=(2, 4), *, weights=None, dtype="bfloat16"):
-    """The arguments and options of `nm_matmul`."""
+def nm_case(m, k, n, pattern=(2, 4), *, weights=None, bits=8, group=None, dtype="bfloat16"):
+    """The arguments and options of `nm_matmul`; with a `group` values have scales."""
     kept = k // pattern[1] * pattern[0]
-    bytes_down = -(-kept // 64) * 8 * max(1, (pattern[1] - 1).bit_length())
+    down = lambda bits: -(-kept // 64) * 8 * bits
     args = [
         Shape((1, m, k), dtype),
-        Shape((1, kept, n), weights or dtype),
-        Shape((1, bytes_down, n), jnp.uint8),
+        Shape((1, down(bits), n), jnp.uint8) if bits < 8 else Shape((1, kept, n), weights or dtype),
+        Shape((1, down(max(1, (pattern[1] - 1).bit_length())), n), jnp.uint8),
     ]
-    return args, dict(pattern=pattern, dtype="float32" if dtype == "int8" else dtype)
+    args += [Shape((1, k // group, n), jnp.float32)] if group else []
+    options = dict(pattern=pattern, dtype="float32" if dtype == "int8" else dtype)
+    return args, options | (dict(bits=bits, group_size=group) if group else {})

@@ -42,14 +42,40 @@ def problem(m, groups, columns, *, pattern=(2, 4), dtype="float32", weights=None
     return arrays, x.astype(np.float64), w.reshape(b, groups * of, columns)
 
 
-def check(got, x, w, dtype):
+def integers(
+    m, groups, columns, *, pattern=(2, 4), bits=8, group_size=None, dtype="float32", seed=0
+):
+    """As `problem`, with values of few bits and scales; the weight is what they decode to.
+
+    All bytes of packed values are random, those behind the last code too.
+    """
+    (x, values, indices), wide, w = problem(
+        m, groups, columns, pattern=pattern, dtype=dtype, weights="int8", seed=seed
+    )
+    rng, k = np.random.default_rng(seed), groups * pattern[1]
+    if bits < 8:
+        low = 1 << (bits - 1)
+        at = w != 0
+        codes = (values.astype(np.int64) & (2 * low - 1) ^ low) - low  # the low bits, signed
+        w[at] = ((w[at].astype(np.int64) & (2 * low - 1)) ^ low) - low
+        behind = rng.integers(-low, low, (1, -codes.shape[1] % 64, columns))
+        values = oracles.pack(np.concatenate([codes, behind], 1)[0].astype(np.int8), bits, 0)[None]
+    count = -(-k // group_size) if group_size and group_size < k else 1
+    scale = rng.uniform(0.5, 2, (1, count, columns)).astype(np.float32)
+    w = w * scale.astype(np.float64)[:, np.arange(k) // (group_size if count > 1 else max(k, 1))]
+    return (x, values, indices, scale), wide, w
+
+
+def check(got, x, w, dtype, decoded="float32"):
     want = x @ w
     if dtype == "int8":
         assert got.dtype == np.int32
         np.testing.assert_array_equal(got, want)
         return
-    # Float32 sums of k products, of which all but n in m are zeros; the result is rounded.
-    bound = (x.shape[2] + 8) * EPS["float32"] * (np.abs(x) @ np.abs(w)) + EPS[dtype] * np.abs(want)
+    # Float32 sums of k products, of which all but n in m are zeros, of a weight that is
+    # rounded to `decoded`; the result is rounded.
+    error = (x.shape[2] + 8) * EPS["float32"] + EPS[decoded]
+    bound = error * (np.abs(x) @ np.abs(w)) + EPS[dtype] * np.abs(want)
     assert str(got.dtype) == dtype
     assert got.shape == want.shape
     assert np.all(np.abs(np.asarray(got, np.float64) - want) <= bound)
@@ -85,6 +111,43 @@ class NMMatmulSuite:
         options = {} if dtype == "int8" else dict(dtype=dtype)
         got = self.run(*arrays, pattern=pattern, block=self.block(m, columns), **options)
         check(got, x, w, dtype)
+
+    @settings(max_examples=max(2, EXAMPLES // 2))
+    @given(
+        m=st.sampled_from(SIZES),
+        groups=st.sampled_from(SIZES[:-1] + [250]),
+        columns=st.sampled_from(SIZES[:-1]),
+        pattern=st.sampled_from(PATTERNS),
+        bits=st.sampled_from([8, 4, 3, 2]),
+        shared=st.sampled_from([None, 16, 32, 128]),
+        dtype=st.integers(0, 2),
+        seed=st.integers(0, 99),
+    )
+    def test_integers_with_scales(self, m, groups, columns, pattern, bits, shared, dtype, seed):
+        """`shared` of the kept rows have a scale."""
+        floats = [d for d in self.dtypes if d != "int8"]
+        dtype = floats[dtype % len(floats)]
+        group_size = shared and shared // pattern[0] * pattern[1]
+        options = dict(pattern=pattern, bits=bits, group_size=group_size)
+        arrays, x, w = integers(m, groups, columns, dtype=dtype, seed=seed, **options)
+        got = self.run(*arrays, dtype=dtype, block=self.block(m, columns), **options)
+        check(got, x, w, dtype, dtype)
+
+    def test_whole_numbers_of_many_bit_planes_are_exact(self):
+        """By the table: planes of 4, 2 and 1 bits, and of 2 and 1."""
+        for bits in (7, 3):
+            (x, *arrays, scale), _, w = integers(5, 128, 20, bits=bits)
+            x = np.round(x * 4)
+            got = self.run(x, *arrays, np.ones_like(scale), pattern=(2, 4), bits=bits)
+            np.testing.assert_array_equal(got, x.astype(np.float64) @ np.round(w / scale))
+
+    def test_packed_integers_times_integers(self):
+        (x, *arrays, scale), _, w = integers(5, 100, 20, bits=4, dtype="int8")
+        got = self.run(x, *arrays, pattern=(2, 4), bits=4)
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(
+            got, x.astype(np.int64) @ np.round(w / scale).astype(np.int64)
+        )
 
     @pytest.mark.parametrize("pattern", PATTERNS)
     def test_every_pattern(self, pattern):

@@ -28,6 +28,7 @@ STEPS = {
         [*PYTEST, str(HERE / "test_pallas_tpu.py")],
         {"KERNEL_EXAMPLES": "12"},
     ),
+    "beside JAX's own kernel": ([str(HERE / "tpu_peers.py")], {}),
     "planted faults": ([str(HERE / "faults.py")], {}),
 }
 

@@ -100,6 +100,7 @@ SAMPLED = {
 NM = {
     "2:4, 16 x 4096 x 4096": nm_case(16, 4096, 4096),
     "2:4, int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, weights="int8"),
+    "2:4, int4 by 128, 16 x 4096 x 4096": nm_case(16, 4096, 4096, bits=4, group=128),
     "2:4, int8 x int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, dtype="int8"),
     "4:8, float16, 129 x 5000 x 1000": nm_case(129, 5000, 1000, (4, 8), dtype="float16"),
 }

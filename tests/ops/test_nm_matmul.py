@@ -74,6 +74,36 @@ def test_int8_by_int8_is_exact_and_int8_by_floats_has_the_gradient():
     np.testing.assert_allclose(np.asarray(dx, np.float64), np.ones((7, 33)) @ w.T, rtol=2**-8)
 
 
+def scaled(lead, groups, columns, bits, group_size, seed=0):
+    """Codes of 2:4, packed below eight bits, indices and scales; and what they decode to."""
+    codes, indices, _, w = problem(lead, groups, columns, 2, 4, codes=True, seed=seed)
+    shift = 8 - bits
+    codes, w = codes >> shift, w.astype(np.int64) >> shift
+    values = codes if bits == 8 else oracles.pack(codes, bits, -2)
+    runs = -(-4 * groups // group_size) if group_size else 1
+    scale = np.random.default_rng(seed).uniform(0.5, 2, (*lead, runs, columns)).astype(np.float32)
+    at = np.arange(4 * groups) // (group_size or 4 * groups)
+    return (values, indices, scale), w * scale.astype(np.float64)[..., at, :]
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, None), (4, 12), (3, 64)])
+def test_codes_with_scales_and_their_gradients(bits, group_size):
+    for lead in ((), (3,)):
+        arrays, w = scaled(lead, 20, 9, bits, group_size)
+        x = random(3, 5, 80) if lead else random(2, 5, 80)
+        run = lambda x, scale, arrays=arrays: jc.ops.nm_matmul(
+            x, *arrays[:2], scale, n=2, m=4, bits=bits, group_size=group_size
+        )
+        y, back = jax.vjp(run, x, jnp.asarray(arrays[2]))
+        assert_sums(y, x @ w, abs(x) @ abs(w), 80)
+        dx, dscale = back(jnp.ones_like(y))
+        ones = np.ones(y.shape)
+        turned = np.swapaxes(w, -1, -2)
+        assert_sums(dx, ones @ turned, ones @ abs(turned), 80)
+        # The product is linear in the scales: with all of them, it is their gradient.
+        np.testing.assert_allclose((dscale * arrays[2]).sum(), y.sum(), rtol=1e-4)
+
+
 @pytest.mark.parametrize("codes", [False, True])
 def test_the_kernel_for_tpus_in_the_op(codes, monkeypatch):
     kernel = lambda table, problem, implementation, *args: table[0].run(*args)
@@ -84,6 +114,13 @@ def test_the_kernel_for_tpus_in_the_op(codes, monkeypatch):
     with pltpu.force_tpu_interpret_mode():
         y = jc.ops.nm_matmul(x, values, indices, n=2, m=4)
     assert_sums(y, x.astype(np.float64) @ w, abs(x).astype(np.float64) @ abs(w), 320)
+    if codes:  # with a scale that all columns share, and packed
+        (values, indices, scale), w = scaled((), 80, 130, 4, 64)
+        w = w / scale[np.arange(320) // 64] * scale[np.arange(320) // 64, :1]
+        x, options = random(2, 5, 320), dict(n=2, m=4, bits=4, group_size=64)
+        with pltpu.force_tpu_interpret_mode():
+            y = jc.ops.nm_matmul(x, values, indices, scale[:, :1], **options)
+        assert_sums(y, x @ w, abs(x) @ abs(w), 320)
 
 
 @pytest.mark.parametrize(
@@ -112,16 +149,28 @@ def test_who_takes_what(pattern, dtype, weights, platform, name, reason, monkeyp
     assert said == (name != "reference")
 
 
-def test_explain_and_the_program_agree_for_tpus():
+SPECS = {
+    "floats": None,
+    "int8": jc.quantize.int8(),
+    "int4 by 128": jc.quantize.int4(group_size=128),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_explain_and_the_program_agree_for_tpus(spec):
     w, pattern = jnp.asarray(random(512, 256)), jc.prune.nm(2, 4, axis=-2)
     masks = jc.prune.mask({"w": abs(w)}, pattern, 1.0)
-    params = jc.prune.pack({"w": w}, masks, pattern=pattern)
+    params = {"w": w}
+    if SPECS[spec] is not None:
+        params = jc.quantize.quantize(params, {"w": SPECS[spec]})
+    params = jc.prune.pack(params, masks, pattern=pattern)
     fn, x = lambda p, x: x @ p["w"], random(16, 512)
     for platform, name in (("tpu", "pallas_tpu"), ("cpu", "reference")):
         [row] = jc.explain(fn, params, x, platform=platform)
         assert (row.op, row.implementation) == ("nm_matmul", name)
     exported = jax.export.export(jax.jit(jc.accelerate(fn)), platforms=["tpu"])(params, x)
     assert exported.mlir_module().count("@tpu_custom_call") == 1
+    assert "512x256x" not in exported.mlir_module()  # no dense weight
 
 
 VALUES, INDICES = np.ones((16, 4), np.float32), np.zeros((16, 4), np.uint8)
