@@ -83,11 +83,14 @@ def stepper(
     tx: optax.GradientTransformation,
     x: jax.Array,
     y: jax.Array,
+    before: Callable[[Any, Any], Any] = lambda params, state: params,
+    after: Callable[[Any, Any], Any] = lambda params, state: params,
 ) -> tuple[Callable[[], Any], float]:
     """`run()`, one training step from where the last one ended, and the seconds to compile it.
 
     `apply(params, x, key)` gives the logits; the key is another at each step. Parameters and
-    the optimizer's state are donated.
+    the optimizer's state are donated. `before(params, state)` is what gradients are taken at,
+    `after(params, state)` what a step leaves.
     """
 
     def loss(params: Any, key: jax.Array) -> jax.Array:
@@ -97,9 +100,9 @@ def stepper(
     def step(state: Any) -> tuple[Any, jax.Array]:
         params, opt, key = state
         key, here = jax.random.split(key)
-        value, grads = jax.value_and_grad(loss)(params, here)
+        value, grads = jax.value_and_grad(loss)(before(params, opt), here)
         updates, opt = tx.update(grads, opt, params)
-        return (optax.apply_updates(params, updates), opt, key), value
+        return (after(optax.apply_updates(params, updates), opt), opt, key), value
 
     state = jax.tree.map(jnp.copy, (params, tx.init(params), jax.random.key(0)))
     begin = time.perf_counter()

@@ -85,37 +85,42 @@ def seen(network: Network) -> Callable[[Any, jax.Array], Seen]:
     return run
 
 
+def answers(network: Network, params: Any, x: np.ndarray) -> Seen:
+    """What the teacher says of every image: it is asked once, not by each student again."""
+    look = jax.jit(seen(network))
+    pieces = [look(params, jnp.asarray(x[i : i + 2000])) for i in range(0, len(x), 2000)]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+
+
 def fit(
     student: Network,
     method: Method,
     data: Split,
-    teacher: tuple[Network, Any] | None,
+    teacher: Seen | None,
     seed: int,
     epochs: int,
     tick: Callable[[], None],
 ) -> Any:
-    """Trains a student; a Python loop over one jitted, donated step."""
+    """Trains a student, given the `answers` of its teacher, with one jitted, donated step."""
     keys = jax.random.split(jax.random.key(seed), 4)
     look = seen(student)
-    answers = None if teacher is None else seen(teacher[0])
-    x, y = jnp.asarray(data.x), jnp.asarray(data.y)
+    known = jnp.asarray(data.x), jnp.asarray(data.y), teacher
+    x = known[0]
     start = student.init(keys[0])
-    ours, theirs = (
-        jax.eval_shape(seen(n), p, x[:1]).features.shape[-1]
-        for n, p in ((student, start), teacher or (student, start))
-    )
+    ours = jax.eval_shape(look, start, x[:1]).features.shape[-1]
+    theirs = ours if teacher is None else teacher.features.shape[-1]
     params = {"student": start, "extra": method.params(keys[1], ours, theirs)}
     memory = method.state(keys[2], len(x))
     steps = len(x) // BATCH
     tx = optax.adam(optax.cosine_decay_schedule(1e-3, epochs * steps))
 
-    def step(params, state, memory, taught, batch):
-        images, labels = batch["x"], batch["y"]
+    def step(params, state, memory, known, batch):
+        images, labels, theirs = jax.tree.map(lambda a: a[batch["index"]], known)
 
         def objective(params):
             ours = look(params["student"], images)
-            theirs = ours if answers is None else answers(taught, images)
-            losses, after = method.loss(ours, theirs, labels, params["extra"], memory, batch)
+            extra, teacher = params["extra"], theirs or ours
+            losses, after = method.loss(ours, teacher, labels, extra, memory, batch)
             return jnp.mean(losses), after
 
         grads, after = jax.grad(objective, has_aux=True)(params)
@@ -124,13 +129,12 @@ def fit(
 
     run = jax.jit(step, donate_argnums=(0, 1, 2))
     state, random = tx.init(params), np.random.default_rng(seed)
-    taught = None if teacher is None else teacher[1]
     for epoch in range(epochs):
         order = random.permutation(len(x))[: steps * BATCH].reshape(steps, BATCH)
         for i, index in enumerate(order):
             key = jax.random.fold_in(keys[3], epoch * steps + i)
-            batch = {"x": x[index], "y": y[index], "index": jnp.asarray(index), "key": key}
-            params, state, memory = run(params, state, memory, taught, batch)
+            batch = {"index": index, "key": key}
+            params, state, memory = run(params, state, memory, known, batch)
         jax.block_until_ready(params)
         tick()
     return params["student"]

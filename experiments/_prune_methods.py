@@ -1,5 +1,6 @@
 """The ways to prune that prune_fashion.py compares, each a few lines of the library."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 import jaxcompress as jc
+from _jaxpruner import jaxpruner
 
+EVERY, FRACTION = 100, 0.3  # updates from one exchange of connections to the next, and its share
 UNSTRUCTURED = jc.prune.unstructured()
 TOGETHER = jc.prune.global_()
 HALF = jc.prune.nm(2, 4, axis=-2)
@@ -70,8 +73,37 @@ def _movement(inner: Any, sparsity: float, steps: int, masks: Any, key: Any) -> 
 
 def _moving(make: Callable[..., Any]) -> Method:
     def optimizer(inner: Any, sparsity: float, steps: int, masks: Any, key: Any) -> Any:
-        options: dict[str, Any] = dict(key=key, every=100, end=3 * steps // 4, rules=KERNELS)
-        return make(inner, UNSTRUCTURED, sparsity, **options)
+        options: dict[str, Any] = dict(key=key, every=EVERY, fraction=FRACTION, rules=KERNELS)
+        return make(inner, UNSTRUCTURED, sparsity, end=3 * steps // 4, **options)
+
+    return Method(optimizer)
+
+
+def _moving_by_peer(name: str, falls: bool) -> Method:
+    """The same of jaxpruner, another implementation: its class of this `name`."""
+
+    def optimizer(inner: Any, sparsity: float, steps: int, masks: Any, key: Any) -> Any:
+        package, end = jaxpruner(), 3 * steps // 4
+        updater = getattr(package, name)(
+            scheduler=package.PeriodicSchedule(
+                update_freq=EVERY, update_start_step=EVERY, update_end_step=end
+            ),
+            drop_fraction_fn=optax.cosine_decay_schedule(FRACTION, end)
+            if falls
+            else lambda step: FRACTION,
+            sparsity_distribution_fn=functools.partial(
+                package.sparsity_distributions.erk, sparsity=sparsity
+            ),
+            rng_seed=key,
+        )
+        tx = updater.wrap_optax(inner)
+
+        def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(grads, state, params)
+            after = updater.post_gradient_update(optax.apply_updates(params, updates), state)
+            return jax.tree.map(jnp.subtract, after, params), state
+
+        return optax.GradientTransformation(tx.init, update)
 
     return Method(optimizer)
 
@@ -110,6 +142,10 @@ METHODS = {
     ),
     "synflow": Method(_kept, _synflow),
     "random": _at_start(_random, jc.prune.erk()),
+}
+PEERS = {
+    "rigl, jaxpruner": _moving_by_peer("RigL", falls=True),
+    "set, jaxpruner": _moving_by_peer("SET", falls=False),
 }
 DENSE = Method(lambda inner, sparsity, steps, masks, key: inner)
 SR_STE = Method(

@@ -116,6 +116,8 @@ def _together(model, method, sparsity, train, starts, masks, keys, epochs, steps
     stack = lambda trees: None if trees is None else jax.tree.map(lambda *a: jnp.stack(a), *trees)
     params, extra, keys = stack(starts), stack(masks), jnp.stack(keys)
 
+    first = jax.tree.map(lambda a: a[0], (params, extra, keys))
+
     def init(params, extra, key):
         return _optimizer(method, sparsity, steps, extra, key).init(params)
 
@@ -126,8 +128,13 @@ def _together(model, method, sparsity, train, starts, masks, keys, epochs, steps
         body = lambda carry, index: (step(carry, (x[index], y[index])), None)
         return jax.lax.scan(body, (params, state), order)[0]
 
-    state = jax.jit(jax.vmap(init))(params, extra, keys)
-    run = jax.jit(jax.vmap(epoch, (0, 0, 0, 0, None, None, None)), donate_argnums=(0, 1))
+    # All seeds count alike: with one count for all, a branch that is taken now and then (a new
+    # mask) stays a branch, where with counts of their own both sides are computed every time.
+    axis = lambda path, leaf: None if jax.tree_util.keystr(path).endswith("count") else 0
+    axes = jax.tree_util.tree_map_with_path(axis, jax.eval_shape(init, *first))
+    state = jax.jit(jax.vmap(init, out_axes=axes))(params, extra, keys)
+    run = jax.vmap(epoch, (0, axes, 0, 0, None, None, None), (0, axes))
+    run = jax.jit(run, donate_argnums=(0, 1))
     for number in range(epochs):
         params, state = run(params, state, extra, keys, number, x, y)
     return [jax.tree.map(lambda a, i=i: a[i], params) for i in range(len(starts))]

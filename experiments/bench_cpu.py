@@ -129,13 +129,17 @@ def sparse_runs(rows: int, k: int, n: int, copies: int, with_peers: bool) -> Run
                 runs[f"{name}, {share:.0%}"] = lambda turn=turn: next(turn)()
     blocks = jc.prune.block(32, 128)
     for share in (0.8,):
-        packed = []
+        packed = {}
         for w in dense:
             params = {"w": jnp.asarray(w)}
             scores = {"w": jnp.repeat(jnp.repeat(rng.random((k // 32, n // 128)), 32, 0), 128, 1)}
             masks = jc.prune.mask(scores, blocks, share)
-            packed.append(jc.prepack(jc.prune.pack(params, masks, pattern=blocks))["w"])
-        add(f"{share:.0%} blocks of 32x128, f32", compressed, packed)
+            codes = jc.quantize.quantize(params, {"w": jc.quantize.w8a8()})
+            for name, array in (("f32", params), ("w8a8", codes)):
+                pruned = jc.prepack(jc.prune.pack(array, masks, pattern=blocks))["w"]
+                packed.setdefault(name, []).append(pruned)
+        for name, weights in packed.items():
+            add(f"{share:.0%} blocks of 32x128, {name}", compressed, weights)
     return runs
 
 

@@ -61,12 +61,12 @@ def compare(
 
     methods = METHODS | MAPS
     advance = add(f"{pair}: teacher", 2 * epochs)
-    # Not kept between runs, only its answers would be: it takes a minute, and every student
-    # needs all of it.
+    # Not kept between runs: it takes a minute, its answers a quarter of a gigabyte.
     teacher = training.fit(large, methods["alone"], train, None, 1000, 2 * epochs, advance)
+    taught = training.answers(large, teacher, train.x)
 
     def one(name: str, seed: int, advance: Any) -> list[int]:
-        params = training.fit(small, methods[name], train, (large, teacher), seed, epochs, advance)
+        params = training.fit(small, methods[name], train, taught, seed, epochs, advance)
         return np.flatnonzero(~training.right(small, params, test)).tolist()
 
     found = {}

@@ -6,9 +6,10 @@
 LeNet-300-100 on all of Fashion-MNIST (Debian's dataset-fashion-mnist), every seed in one
 program; a CNN of 16 and 32 channels on 20,000 of its images. Each method gets the same
 updates, and the accuracy is that of the last epoch. Expected: iterative magnitude pruning
-beats one-shot, and RigL beats SET, at 98 %. A run that is cut off goes on where it was:
-finished trainings lie in build/prune_fashion. Writes prune_fashion.json and prune_fashion.png
-to experiments/results.
+beats one-shot, and RigL beats SET, at 98 %. Where jaxpruner is installed (pip install
+git+https://github.com/google-research/jaxpruner), its RigL and SET are trained too. A run that
+is cut off goes on where it was: finished trainings lie in build/prune_fashion. Writes
+prune_fashion.json and prune_fashion.png to experiments/results.
 """
 
 import json
@@ -23,7 +24,11 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
 CNN_METHODS, CNN_SPARSITIES = ("magnitude", "rigl", "synflow"), (0.9, 0.98)
 CNN_SEEDS, CNN_IMAGES = 3, 20_000
 RUNGS = (0.5, *SPARSITIES)  # of the lottery ticket
-CLAIMS = (("iterative", "one_shot", 0.98), ("rigl", "set", 0.98))  # better, worse, at
+CLAIMS = (  # better, worse, at
+    ("iterative", "one_shot", 0.98),
+    ("rigl", "set", 0.98),
+    ("rigl, jaxpruner", "set, jaxpruner", 0.98),
+)
 
 
 def arguments() -> Any:
@@ -50,11 +55,13 @@ def arguments() -> Any:
 
 def runs(options: Any) -> list[tuple[str, str, float]]:
     """`(network, method, sparsity)` of every row; the tickets of a ladder are made together."""
-    from _prune_methods import METHODS
+    from _jaxpruner import jaxpruner
+    from _prune_methods import METHODS, PEERS
 
     mlp = [("mlp", "dense", 0.0), ("mlp", "sr_ste", 0.5)]
     mlp += [("mlp", name, s) for name in METHODS for s in options.sparsities]
     mlp += [("mlp", "lottery", s) for s in options.sparsities]
+    mlp += [("mlp", name, 0.98) for name in PEERS if jaxpruner()]
     cnn = [("cnn", "dense", 0.0)]
     cnn += [("cnn", n, s) for n in CNN_METHODS for s in CNN_SPARSITIES if s in options.sparsities]
     return mlp + cnn
@@ -65,7 +72,7 @@ def train_all(options: Any) -> list[dict[str, Any]]:
 
     from _data import Split
     from _mnist import FASHION, fashion, mnist
-    from _prune_methods import DENSE, METHODS, SR_STE, TICKET, rung, zeros
+    from _prune_methods import DENSE, METHODS, PEERS, SR_STE, TICKET, rung, zeros
     from _prune_train import CNN, MLP, fit
 
     whole = mnist(FASHION, validation=0) if FASHION.is_dir() else fashion()
@@ -118,7 +125,7 @@ def train_all(options: Any) -> list[dict[str, Any]]:
             if sparsity in options.sparsities:
                 record((network, "lottery", sparsity), one)
 
-    methods = METHODS | {"dense": DENSE, "sr_ste": SR_STE}
+    methods = METHODS | PEERS | {"dense": DENSE, "sr_ste": SR_STE}
     rows = runs(options)
     with progress() as add:
         advance = add("trainings", len(rows))
@@ -155,6 +162,8 @@ def claims(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     }
     out = []
     for better, worse, sparsity in CLAIMS:
+        if (better, sparsity) not in accuracy:  # the peer is not installed
+            continue
         difference = 100 * (accuracy[better, sparsity] - accuracy[worse, sparsity])
         error = (
             float(difference.std(ddof=1) / np.sqrt(difference.size)) if difference.size > 1 else 0.0
@@ -242,10 +251,12 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def main() -> None:
     options = arguments()
     need("flax", "matplotlib", "rich", "jaxcompress")
+    from _jaxpruner import about
+
     options.work.mkdir(parents=True, exist_ok=True)
     found = train_all(options)
     record = {
-        "environment": environment(range(options.seeds)),
+        "environment": environment(range(options.seeds)) | {"peers": about()},
         "data": f"Fashion-MNIST: {options.images:,} images to train on, 10,000 to test on; the CNN "
         f"{min(options.images, CNN_IMAGES):,}",
         "epochs": options.epochs,

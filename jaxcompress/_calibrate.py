@@ -69,7 +69,7 @@ def calibrate(
     for batch in batches:
         if step is None:
             taps, step = _step(fn, layout(fn, params, batch), statistic, wanted, params, log)
-            total = _map(lambda tap: Observed(statistic.init(tap[0]), tap[1]), params, taps)
+            total = _map(lambda tap: Observed(statistic.init(tap[0]), tap[1]), params, taps())
         total = step(params, batch, total)
         for path, why in log.missed.items():
             if wanted is not None:
@@ -99,8 +99,8 @@ def _step(
     wanted: set[str] | None,
     params: Any,
     log: Log,
-) -> tuple[Any, Callable]:
-    """The taps, and one batch: `(params, batch, total) -> total`, compiled once."""
+) -> tuple[Callable[[], Any], Callable]:
+    """Makes the taps; and one batch: `(params, batch, total) -> total`, compiled once."""
     tie = _tie(statistic)
 
     def tap(path: str, leaf: Any, found: Layout | None) -> Any:
@@ -124,7 +124,8 @@ def _step(
             return leaf
         return probe(path, leaf, () if tap is None else (tap,), observe=tie, log=log)
 
-    taps = map_with_paths(tap, params, layouts)
+    # Made anew within the step too: a compiled function would keep those that it closes over.
+    taps = lambda: map_with_paths(tap, params, layouts)
 
     def step(params: Any, batch: Any, total: Any) -> Any:
         def floats(taps: Any) -> list[jax.Array]:
@@ -132,7 +133,7 @@ def _step(
             return [x for x in jax.tree.leaves(out) if eqx.is_inexact_array(x)]
 
         wrap = lambda tap: (to_max(tap[0]) if statistic.maximum else tap[0], tap[1])
-        out, backward = jax.vjp(floats, _map(wrap, params, taps))
+        out, backward = jax.vjp(floats, _map(wrap, params, taps()))
         if not out:
             raise TypeError("calibrate needs a function that returns floating arrays")
         [found] = backward([jnp.zeros_like(x) for x in out])

@@ -8,6 +8,7 @@ from jaxcompress._layout import Layout
 from jaxcompress._paths import map_with_paths
 from jaxcompress.arrays import (
     BitmapSparseArray,
+    BlockSparseArray,
     CodebookArray,
     NMSparseArray,
     PrunedInputArray,
@@ -19,6 +20,7 @@ from jaxcompress.arrays import (
 from jaxcompress.arrays._prepacked import prepack_array
 from jaxcompress.arrays._prepacked_sparse import prepack_sparse
 from jaxcompress.arrays._quantized import replace
+from jaxcompress.ops._block_linear import fits_panels
 from jaxcompress.ops._cpu import native_missing
 
 __all__ = ["prepack"]
@@ -40,7 +42,8 @@ def prepack(params: Any, *, layout: Any = None) -> Any:
     is the faster one: floats up to 40 % kept, integers up to 8 % with quantized activations,
     20 % without. Other bitmaps and N:M get their zeros back, once and not at every call:
     small in the file, in memory as large and in products as fast as dense floats or
-    integers. Shared values are looked up, once too. Save them before, not after.
+    integers. The codes of a `BlockSparseArray` with quantized activations change their order.
+    Shared values are looked up, once too. Save them before, not after.
 
     Args:
       params: any pytree with compressed leaves.
@@ -67,6 +70,8 @@ def prepack(params: Any, *, layout: Any = None) -> Any:
             return leaf.materialise()
         if isinstance(leaf, BitmapSparseArray) and isinstance(leaf.values, CodebookArray):
             leaf = replace(leaf, values=leaf.values.materialise())
+        if isinstance(leaf, BlockSparseArray) and not leaf.panels and not native_missing():
+            return leaf.in_panels() if fits_panels(leaf) else leaf
         if isinstance(leaf, BitmapSparseArray) and not native_missing():
             columns = prepack_sparse(leaf, found.contract if found is not None else None)
             if not isinstance(columns, str):

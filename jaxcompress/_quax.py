@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import quax
 from jax._src import core
-from jax._src.interpreters import ad
+from jax._src.interpreters import ad, batching
+from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import ragged_dot_general_p
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.extend.core.primitives import jit_p, remat_p, stop_gradient_p
@@ -27,6 +28,7 @@ from quax._values import _dense, _DenseArrayValue
 __all__ = [
     "differentiated_inside",
     "held_by",
+    "is_staged",
     "pvary_p",
     "ragged_dot_general_p",
     "run",
@@ -125,6 +127,11 @@ def differentiated_inside(array: Any) -> bool:
                         return True
         frame = frame.f_back
     return False
+
+
+def is_staged() -> bool:
+    """Whether steps are written down at the moment and not done, and no derivative is taken."""
+    return isinstance(core.trace_ctx.trace, (pe.DynamicJaxprTrace, batching.BatchTrace))
 
 
 def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:

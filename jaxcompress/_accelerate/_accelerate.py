@@ -9,6 +9,7 @@ import quax
 
 from jaxcompress import _quax
 from jaxcompress._accelerate import (  # noqa: F401  (registers them)
+    _fuse,
     _pruned_input,
     _rotated,
     _rules,
@@ -70,7 +71,7 @@ def accelerate(fn: Callable[P, R]) -> Callable[P, R]:
             _refuse_lost_updates(leaves, (call_fn, call_args, call_kwargs), out_leaves)
             return out_leaves
 
-        out_leaves = _quax.run(call, leaves)
+        out_leaves = _fuse.run(call, leaves)
         return jax.tree.unflatten(out_treedef, out_leaves)
 
     return accelerated

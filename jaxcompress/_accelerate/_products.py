@@ -5,6 +5,7 @@ decoded first.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 
+from jaxcompress._accelerate._fuse import fusible
 from jaxcompress._quax import ragged_dot_general_p
 from jaxcompress.arrays import PrepackedArray, PrepackedSparseArray, QuantizedArray
 from jaxcompress.arrays._quantized import replace
@@ -22,7 +24,7 @@ from jaxcompress.ops import _sparse_matmul
 from jaxcompress.ops._gradients import quantized_gradient_convolution
 from jaxcompress.ops._linear import Weight, encode_activations, linear, plan
 
-__all__ = ["convolution", "dot_general", "prepacked", "ragged_dot"]
+__all__ = ["convolution", "dot_general", "prepacked", "ragged_dot", "shaped"]
 
 Result = jax.Array | str
 
@@ -66,9 +68,34 @@ def dot_general(
         return "its scales do not follow the axes that the product merges"
     _note_product(stored, flat, transpose_w, lax.dot_general_p, m, k, n, x.dtype.name)
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, k)
-    out = linear(rows, flat, transpose_w, dtype)
-    out = out.reshape(*batch, *(x.shape[d] for d in x_free), *(w.shape[d] for d in w_free))
+    multiply = lambda rows, flat, *then: linear(rows, flat, transpose_w, dtype, *then)
+    free = [x.shape[d] for d in x_free], [w.shape[d] for d in w_free]
+    out = shaped(multiply, (rows, flat), batch, *free)
     return _weight_first(out, len(batch), len(x_free)) if weight_first else out
+
+
+def shaped(
+    multiply: Callable[..., jax.Array],
+    operands: tuple[Any, Any],
+    batch: Sequence[int],
+    x_free: Sequence[int],
+    w_free: Sequence[int],
+) -> jax.Array:
+    """`multiply(*operands, bias, activation, residual)`, whose result is `[..., m, n]`, as the
+    product `[*batch, *x_free, *w_free]`, for `accelerate` to put inside what follows.
+    """
+    lead, columns = [math.prod(batch)] * bool(batch), math.prod(w_free)
+
+    def run(operands, bias, activation, residual):
+        if bias is not None:
+            spread = jnp.broadcast_to(bias, (*batch, *[1] * len(x_free), *w_free))
+            bias = spread.reshape(*lead, 1, columns)
+        if residual is not None:
+            residual = residual.reshape(*lead, math.prod(x_free), columns)
+        out = multiply(*operands, bias, activation, residual)
+        return out.reshape(*batch, *x_free, *w_free)
+
+    return fusible(run, operands, run(operands, None, None, None), len(w_free), len(batch))
 
 
 def prepacked(
@@ -96,11 +123,11 @@ def prepacked(
     flat = jax.tree.map(lambda a: a.reshape(*one_batch, *a.shape[len(batch) :]), w)
     if isinstance(w, PrepackedSparseArray):
         _note_sparse(w, m, x.dtype.name)
-        out = _sparse_matmul.sparse_linear(rows, flat, dtype)
+        multiply = lambda rows, flat, *then: _sparse_matmul.sparse_linear(rows, flat, dtype, *then)
     else:
         _note_product(w, w, w.transpose_w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
-        out = linear(rows, flat, w.transpose_w, dtype)
-    out = out.reshape(*batch, *(x.shape[d] for d in x_free), *free)
+        multiply = lambda rows, flat, *then: linear(rows, flat, w.transpose_w, dtype, *then)
+    out = shaped(multiply, (rows, flat), batch, [x.shape[d] for d in x_free], free)
     return _weight_first(out, len(batch), len(x_free)) if weight_first else out
 
 

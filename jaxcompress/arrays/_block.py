@@ -10,7 +10,8 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from jaxcompress.arrays._granularity import Axes
-from jaxcompress.arrays._packing import unpack
+from jaxcompress.arrays._packing import pack, unpack
+from jaxcompress.arrays._panels import from_panels, to_panels
 from jaxcompress.arrays._qtype import Activation, QType
 from jaxcompress.arrays._quantized import QuantizedArray, replace
 from jaxcompress.arrays._sparse import SparseArray, codes_or_floats, fields_of, stored
@@ -31,6 +32,8 @@ class BlockSparseArray(SparseArray):
     - `counts` is int32 `[..., columns of blocks]`, how many slots are used; None where all are.
     - `matrix` is the logical `(rows, columns)`; blocks reach beyond a far edge that they do
       not divide, with zeros. With `transposed` the array is the transpose of that.
+    - With `panels` the values are codes as the CPU's kernels read them, made by `prepack`: each
+      column of blocks is one matrix of its slots, uint8, `[width / 16, slots * height / 4, 16, 4]`.
     - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes.
 
     In `jaxcompress.accelerate` a product that contracts the rows multiplies the kept blocks
@@ -55,6 +58,7 @@ class BlockSparseArray(SparseArray):
     block: tuple[int, int] = eqx.field(static=True, kw_only=True)
     matrix: tuple[int, int] = eqx.field(static=True, kw_only=True)
     transposed: bool = eqx.field(static=True, kw_only=True, default=False)
+    panels: bool = eqx.field(static=True, kw_only=True, default=False)
     qtype: QType | None = eqx.field(static=True, kw_only=True, default=None)
     axis: Axes = eqx.field(static=True, kw_only=True, default=())
     group_size: Axes | None = eqx.field(static=True, kw_only=True, default=None)
@@ -69,9 +73,32 @@ class BlockSparseArray(SparseArray):
     def blocks(self) -> jax.Array:
         """Values or codes, `[..., columns of blocks, slots, height, width]`."""
         values, (height, width) = self.values, self.block
-        if self.qtype is not None and self.qtype.bits < 8:
+        *lead, slots = self.rows.shape
+        if self.panels:
+            matrix = values.reshape(*lead, width // 16, slots * height // 4, 16, 4)
+            values = from_panels(matrix, 8, slots * height, width)
+        elif self.qtype is not None and self.qtype.bits < 8:
             values = unpack(values, self.qtype.bits, height * width, -1)
         return values.reshape(*self.rows.shape, height, width)
+
+    def in_panels(self) -> "BlockSparseArray":
+        """The same with its codes in panels, whole bytes each; see `panels`."""
+        where, (height, width) = self.rows.shape, self.block
+        matrix = self.blocks().reshape(*where[:-1], where[-1] * height, width)
+        values = to_panels(matrix).reshape(*where, height * width)
+        return replace(self, values=values, panels=True)
+
+    def stored(self) -> "BlockSparseArray":
+        if not self.panels:
+            return self
+        assert self.qtype is not None
+        values = self.blocks().reshape(self.values.shape)
+        if self.qtype.bits < 8:
+            values = pack(values, self.qtype.bits, -1)
+        return replace(self, values=values, panels=False)
+
+    def planes(self) -> dict[str, tuple[int, int]]:
+        return {} if self.panels else super().planes()
 
     def dense(self) -> jax.Array:
         """Values or codes in the logical shape, zeros put back."""

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
 from jaxcompress.ops._cpu import cpu_refuses
+from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._kernels import (
     blocks_of,
     call_kernel,
@@ -34,6 +35,7 @@ class _Static:
     weights: str
     dtype: str
     implementation: str | None
+    activation: str | None = None
 
 
 def block_sparse_matmul(
@@ -82,8 +84,27 @@ def block_sparse_matmul(
     Gray et al., 2017, GPU Kernels for Block-Sparse Weights; Gale et al., 2020, Sparse GPU
     Kernels for Deep Learning, arXiv:2006.10901 (long rows first).
     """
+    return multiply_blocks(
+        x, blocks, rows, columns=columns, counts=counts, dtype=dtype, implementation=implementation
+    )
+
+
+def multiply_blocks(
+    x: jax.Array,
+    blocks: jax.Array,
+    rows: jax.Array,
+    *,
+    columns: int,
+    counts: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """`block_sparse_matmul`, and what follows: `activation(y + bias[..., 1, n]) + residual`."""
     _check(x, blocks, rows, columns, counts)
-    lead, (m, k) = x.shape[:-2], x.shape[-2:]
+    lead, m = x.shape[:-2], x.shape[-2]
     batch = blocks.shape[:-4]
     b = math.prod(batch)
     flat = lambda a, core: None if a is None else a.reshape(b, *a.shape[a.ndim - core :])
@@ -96,9 +117,12 @@ def block_sparse_matmul(
         blocks.dtype.name,
         jnp.dtype(dtype or wide).name,
         implementation,
+        activation,
     )
-    rows_of_x = x.reshape(b, math.prod(lead) * m // max(b, 1), k)
-    out = _matmul(static, rows_of_x, flat(blocks, 4), flat(rows, 2), flat(counts, 1))
+    by_rows = lambda a: a.reshape(b, math.prod(lead) * m // max(b, 1), a.shape[-1])
+    residual = None if residual is None else by_rows(residual)
+    weight = (flat(blocks, 4), flat(rows, 2), flat(counts, 1))
+    out = _matmul(static, by_rows(x), *weight, flat(bias, 2), residual)
     return out.reshape(*lead, m, columns)
 
 
@@ -136,8 +160,9 @@ def plan(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static, x, blocks, rows, counts):
-    return _run(_table(static), static, static.implementation, x, blocks, rows, counts)
+def _matmul(static, x, blocks, rows, counts, bias, residual):
+    operands = (x, blocks, rows, counts, bias, residual)
+    return _run(_table(static), static, static.implementation, *operands)
 
 
 def _run(table, static, implementation, x, *operands):
@@ -151,16 +176,23 @@ def _forward(static, *operands):
 
 def _backward(static, operands, g):
     """Two products over the same blocks, by kernels wherever the product itself is by one."""
+    *operands, bias, residual = operands
     _, blocks, rows, counts = operands
     named = static.implementation if static.implementation != "cpu" else None
+    dmore = (None, None)
+    if bias is not None or residual is not None or static.activation is not None:
+        plain = dataclasses.replace(static, activation=None)
+        out = _matmul(plain, *operands, None, None)
+        run = lambda *given: finish(given[0], given[1], static.activation, given[2])
+        g, *dmore = jax.vjp(run, out, bias, residual)[1](g.astype(jnp.float32))
     dx = _run(_dx_table(static), static, named, *operands, g)
     if not jnp.issubdtype(blocks.dtype, jnp.floating):
-        return dx, None, None, None
+        return dx, None, None, None, *dmore
     dblocks = _run(_dblocks_table(static), static, named, *operands, g)
     if counts is not None:
         used = jnp.arange(rows.shape[-1]) < counts[..., None]
         dblocks = jnp.where(used[..., None, None], dblocks, 0)
-    return dx, dblocks, None, None
+    return dx, dblocks, None, None, *dmore
 
 
 _matmul.defvjp(_forward, _backward)
@@ -171,9 +203,22 @@ def _table(static: _Static) -> tuple[Implementation, ...]:
     native = "native: multiplies the kept blocks where they lie"
     return (
         Implementation("cpu", native, functools.partial(_cpu, static), _cpu_refuses(static)),
-        *_kernels(static, "one kept block after another", _by_kernel),
-        Implementation("reference", does, functools.partial(_gathered, static)),
+        *_kernels(static, "one kept block after another", _finished(_by_kernel)),
+        Implementation("reference", does, functools.partial(_finished(_gathered), static)),
     )
+
+
+def _finished(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A product, and what follows it, step by step."""
+
+    def steps(static, *given):
+        *operands, bias, residual = given
+        if bias is None and residual is None and static.activation is None:
+            return run(static, *operands)
+        out = run(dataclasses.replace(static, dtype="float32"), *operands)
+        return finish(out, bias, static.activation, residual).astype(static.dtype)
+
+    return steps
 
 
 def _dx_table(static: _Static) -> tuple[Implementation, ...]:
@@ -318,18 +363,32 @@ def _lists(
     return sort(lines), sort(sources), places
 
 
-def _cpu(static, x, blocks, rows, counts):
+def _cpu(static, x, blocks, rows, counts, bias, residual):
     from jaxcompress.kernels.block_sparse_matmul import cpu as kernel
 
-    out = kernel.block_sparse_matmul(x, blocks, rows, static.columns, otherwise=_by_xla(static))
+    out = kernel.block_sparse_matmul(
+        x,
+        blocks,
+        rows,
+        counts,
+        static.columns,
+        bias,
+        residual,
+        activation=static.activation,
+        otherwise=_by_xla(static, *(a is not None for a in (counts, bias, residual))),
+    )
     return out.astype(static.dtype)
 
 
 @functools.cache
-def _by_xla(static: _Static) -> Callable[..., jax.Array]:
+def _by_xla(static: _Static, *has: bool) -> Callable[..., jax.Array]:
     """What an exported program does for the native call: one function for each number."""
     static = dataclasses.replace(static, dtype="float32")
-    return lambda x, blocks, rows: _gathered(static, x, blocks, rows, None)
+
+    def run(x, blocks, rows, *more):
+        return _finished(_gathered)(static, x, blocks, rows, *in_places(has, more))
+
+    return run
 
 
 def _gathered(static, x, blocks, rows, counts):

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
+from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._kernels import blocks_of, call_kernel, chip, no_pallas_tpu, no_triton
 
 __all__ = ["MAX_K", "int8_matmul"]
@@ -67,9 +68,9 @@ def int8_matmul(
       group_size: the neighbouring `k` that share a scale; it need not divide `k`.
       transpose_w: whether `w` comes as `[n, k]`; `w_scale` is `[..., g, n]` all the same.
       dtype: of the scaled result.
-      implementation: "cpu" (the native kernels), "xla" (uint8 x int8 on the CPU),
-        "pallas_tpu" or "triton" (all of the formula in the kernel, no groups),
-        "reference", or None for the first that serves the shape on the platform.
+      implementation: "cpu" (the native kernels: all but `out_scale` inside), "xla" (uint8 x
+        int8 on the CPU), "pallas_tpu" or "triton" (all of the formula in the kernel, no
+        groups), "reference", or None for the first that serves the shape on the platform.
 
     Returns:
       `[..., m, n]`: exact int32 with neither scales, bias nor activation, of `dtype` with any,
@@ -235,7 +236,7 @@ def scaled_sums(
     return sums if w_scale is None else sums * w_scale.astype(jnp.float32)
 
 
-_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+_ACTIVATIONS = ("relu", "gelu", "silu")
 
 
 def _reference(static, *operands):
@@ -247,14 +248,15 @@ def _finished(static, multiply, x, w, x_scale, w_scale, zero, bias=None, out_sca
     sums = scaled_sums(
         multiply, x, w, x_scale, w_scale, zero, static.group_size, static.transpose_w
     )
-    if bias is not None:
-        sums = sums.astype(jnp.float32) + bias.astype(jnp.float32)
-    if static.activation is not None:
-        sums = _ACTIVATIONS[static.activation](sums.astype(jnp.float32))
-    if out_scale is not None:
-        sums = jnp.round(sums.astype(jnp.float32) / out_scale.astype(jnp.float32))
-        sums = jnp.clip(sums, -127, 127)
-    return sums.astype(static.dtype)
+    sums = finish(sums, bias, static.activation, None)
+    return _rounded(sums, out_scale).astype(static.dtype)
+
+
+def _rounded(out, out_scale):
+    """Codes for the next product, if it is given their scale."""
+    if out_scale is None:
+        return out
+    return jnp.clip(jnp.round(out.astype(jnp.float32) / out_scale.astype(jnp.float32)), -127, 127)
 
 
 def integer_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
@@ -263,10 +265,52 @@ def integer_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
     return lax.dot_general(x, w, (contract, (batch, batch)), preferred_element_type=jnp.int32)
 
 
-def _cpu(static, *operands):
-    from jaxcompress.kernels.int8_matmul import cpu as kernel
+def _cpu(static, x, w, x_scale, w_scale, zero, bias, out_scale):
+    """Sums alone are integers; scales, and what follows them, are done in the same call."""
+    if all(a is None for a in (x_scale, w_scale, bias, static.activation)):
+        from jaxcompress.kernels.int8_matmul import cpu as sums
 
-    return _scaled(static, kernel.int8_matmul, *operands)
+        operands = (x, w, x_scale, w_scale, zero, bias, out_scale)
+        return _scaled(static, sums.int8_matmul, *operands)
+    from jaxcompress.kernels.quantized_matmul import cpu as kernel
+
+    ones = jnp.ones((1,) * x.ndim, jnp.float32)
+    w_scale = ones if w_scale is None else w_scale
+    lead, n = w.shape[:-2], w.shape[-2 if static.transpose_w else -1]
+    groups = max(1, -(-x.shape[-1] // static.group_size)) if static.group_size else 1
+
+    def spread(s):
+        s = jnp.broadcast_to(s, (*lead, groups, n))
+        return jnp.swapaxes(s, -1, -2) if static.transpose_w else s
+
+    out = kernel.quantized_matmul(
+        x,
+        w,
+        spread(w_scale),
+        None if zero is None else spread(zero),
+        ones if x_scale is None else x_scale,
+        bias,
+        activation=static.activation,
+        otherwise=_by_xla(static, zero is not None, bias is not None),
+        panels=None,
+        transpose_w=static.transpose_w,
+        bits=8,
+        group_size=static.group_size,
+        high=None,
+    )
+    return _rounded(out, out_scale).astype(static.dtype)
+
+
+@functools.cache
+def _by_xla(static, has_zero, has_bias):
+    """What an exported program does for the native call."""
+    single = dataclasses.replace(static, dtype="float32")
+
+    def run(x, w, w_scale, *rest):
+        zero, x_scale, bias = in_places((has_zero, True, has_bias), rest)
+        return _xla(single, x, w, x_scale, w_scale, zero, bias, None)
+
+    return run
 
 
 def _xla(static, *operands):
@@ -329,6 +373,7 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
         return functools.partial(run, static)
 
     fused = "int8 x int8 -> int32, all that follows in the kernel"
+    native = "native uint8 x int8 -> int32, all that follows inside"
     tpu_blocks, gpu_blocks = (
         blocks_of("int8_matmul", backend, lambda p: (p.m, p.n, p.k))
         for backend in ("pallas_tpu", "triton")
@@ -336,7 +381,7 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
     refuses_tpu = lambda problem, platform: no_pallas_tpu(platform) or _has_groups(problem)
     refuses_gpu = lambda problem, platform: no_triton(platform) or _has_groups(problem)
     return (
-        Implementation("cpu", "native uint8 x int8 -> int32", bound(_cpu), cpu_refuses),
+        Implementation("cpu", native, bound(_cpu), cpu_refuses),
         Implementation("xla", "uint8 x int8 -> int32 by XLA", bound(_xla), _xla_refuses),
         Implementation("pallas_tpu", fused, bound(_pallas_tpu), refuses_tpu, _defers, tpu_blocks),
         Implementation("triton", fused, bound(_triton), refuses_gpu, _defers, gpu_blocks),

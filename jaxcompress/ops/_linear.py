@@ -21,14 +21,14 @@ from jaxcompress.arrays._rounding import encode, range_scale, scale_of
 from jaxcompress.ops import _int8_matmul, _quantized_matmul, _scaled_matmul, _w4a8_matmul
 from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
 from jaxcompress.ops._cpu import cpu_refuses, needs_packing
+from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._gradients import quantized_gradient_dot
 from jaxcompress.ops._int8_matmul import check_sums, int8_matmul, scaled_sums
 from jaxcompress.ops._quantized_matmul import (
     batched,
     decode,
     float_dot,
-    multiply_panels,
-    quantized_matmul,
+    multiply_stored,
     scaled_dot,
 )
 from jaxcompress.ops._scaled_matmul import scaled_matmul
@@ -39,14 +39,23 @@ __all__ = ["linear", "plan"]
 Weight = QuantizedArray | PrepackedArray
 
 
-def linear(x: jax.Array, w: Weight, transpose_w: bool, dtype: Any) -> jax.Array:
+def linear(
+    x: jax.Array,
+    w: Weight,
+    transpose_w: bool,
+    dtype: Any,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
     """`x[..., m, k] @ w[..., k, n]` (`[..., n, k]` with `transpose_w`), as `dtype`.
 
     The scales of `w` are shared along `n` never, along `k` always or by groups; leading
-    dimensions of both are the same.
+    dimensions of both are the same. What follows is `activation(y + bias[..., 1, n]) + residual`.
     """
     panels = w.n if isinstance(w, PrepackedArray) else None
-    static = _Static(w.act, _group_size(w, transpose_w), transpose_w, _bits(w), panels)
+    group = _group_size(w, transpose_w)
+    static = _Static(w.act, group, transpose_w, _bits(w), panels, activation)
     offset = None if isinstance(w, PrepackedArray) else w.act_offset
     scales = (w.scale, w.zero_point, w.act_scale, offset)
     if isinstance(w, PrepackedArray) or isinstance(w.qtype, IntType):
@@ -55,23 +64,26 @@ def linear(x: jax.Array, w: Weight, transpose_w: bool, dtype: Any) -> jax.Array:
         values = w.numbers()
     kinds = _float8(w)
     if kinds is not None:
-        return _float8_linear(static, kinds, x, w.values, *scales).astype(dtype)
+        out = _float8_linear(static, kinds, x, w.values, *scales)
+        return finish(out, bias, activation, residual).astype(dtype)
     if _floats(w) is not None:
-        return _simulate(static, x, values, *scales).astype(dtype)
+        out = _simulate(static, x, values, *scales)
+        return finish(out, bias, activation, residual).astype(dtype)
     if w.act is not None:
-        return _int_linear(static, x, values, *scales).astype(dtype)
-    if panels is None:
-        multiply = functools.partial(quantized_matmul, transpose_w=transpose_w)
-    else:
-        multiply = functools.partial(multiply_panels, n=panels, transpose_w=transpose_w)
-    return multiply(
+        return _int_linear(static, x, values, *scales, bias, residual).astype(dtype)
+    return multiply_stored(
         x,
-        w.values if isinstance(w.qtype, IntType) else w.numbers(),
+        values,
         w.scale,
         w.zero_point,
+        bias,
+        residual,
+        panels=panels,
         bits=_bits(w),
-        group_size=static.group_size,
+        group_size=group,
+        transpose_w=transpose_w,
         dtype=dtype,
+        activation=activation,
     )
 
 
@@ -157,6 +169,7 @@ class _Static:
     transpose_w: bool
     bits: int
     panels: int | None = None
+    activation: str | None = None
 
 
 def _group_size(w: Weight, transpose_w: bool) -> int | None:
@@ -292,7 +305,7 @@ _float8_linear.defvjp(_float8_forward, _float8_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _int_linear(static, x, values, scale, zero, act_scale, act_offset):
+def _int_linear(static, x, values, scale, zero, act_scale, act_offset, bias, residual):
     k = x.shape[-1]
     check_sums(min(k, static.group_size or k), zero is not None)
     problem = Problem(
@@ -303,7 +316,8 @@ def _int_linear(static, x, values, scale, zero, act_scale, act_offset):
         group_size=static.group_size,
         dtype=x.dtype.name,
     )
-    return dispatch(_table(static), problem, None, x, values, scale, zero, act_scale, act_offset)
+    operands = (x, values, scale, zero, act_scale, act_offset, bias, residual)
+    return dispatch(_table(static), problem, None, *operands)
 
 
 def _table(static: _Static) -> tuple[Implementation, ...]:
@@ -323,7 +337,9 @@ def _table(static: _Static) -> tuple[Implementation, ...]:
     )
 
 
-def _in_steps(static, implementation, x, values, scale, zero, act_scale, act_offset):
+def _in_steps(
+    static, implementation, x, values, scale, zero, act_scale, act_offset, bias, residual
+):
     columns = jnp.swapaxes(scale, -1, -2) if static.transpose_w else scale
     zeros = jnp.swapaxes(zero, -1, -2) if static.transpose_w and zero is not None else zero
     options = dict(
@@ -344,10 +360,11 @@ def _in_steps(static, implementation, x, values, scale, zero, act_scale, act_off
             transpose_w=static.transpose_w,
             **options,
         )
-    return _rows(product, static, x, act_scale, act_offset)
+    out = _rows(product, static, x, act_scale, act_offset)
+    return finish(out, bias, static.activation, residual)
 
 
-def _cpu(static, x, values, scale, zero, act_scale, act_offset):
+def _cpu(static, x, values, scale, zero, act_scale, act_offset, bias, residual):
     from jaxcompress.kernels.quantized_matmul import cpu as kernel
 
     x_scale = act_scale
@@ -356,6 +373,7 @@ def _cpu(static, x, values, scale, zero, act_scale, act_offset):
     lead = x.shape[:-1]
     if x.ndim == 2:
         x, values, scale, zero = batched(x, values, scale, zero)
+        bias, residual = (None if a is None else a[None] for a in (bias, residual))
     if x_scale is not None and x_scale.size == 1:
         x_scale = x_scale.reshape((1,) * x.ndim)
     out = kernel.quantized_matmul(
@@ -364,7 +382,10 @@ def _cpu(static, x, values, scale, zero, act_scale, act_offset):
         scale,
         zero,
         x_scale,
-        otherwise=_cpu_by_xla(static, zero is not None),
+        bias,
+        residual,
+        activation=static.activation,
+        otherwise=_cpu_by_xla(static, *(a is not None for a in (zero, x_scale, bias, residual))),
         panels=static.panels,
         transpose_w=static.transpose_w,
         bits=static.bits,
@@ -375,18 +396,19 @@ def _cpu(static, x, values, scale, zero, act_scale, act_offset):
 
 
 @functools.cache
-def _cpu_by_xla(static, has_zero):
+def _cpu_by_xla(static, *has):
     """What an exported program does for the native call, with scales `[b, g, n]`."""
     turn = lambda s: jnp.swapaxes(s, -1, -2) if static.transpose_w else s
 
     def run(x, values, scale, *rest):
-        zero = turn(rest[0]) if has_zero else None
-        x_scale = rest[-1] if len(rest) > has_zero else None
+        zero, x_scale, bias, residual = in_places(has, rest)
+        zero = None if zero is None else turn(zero)
         given = static
         if x_scale is not None:
             act = dataclasses.replace(static.act, per_token=False, static=True)
             given = dataclasses.replace(static, act=act)
-        return _in_steps(given, None, x, values, turn(scale), zero, x_scale, None)
+        scale = turn(scale)
+        return _in_steps(given, None, x, values, scale, zero, x_scale, None, bias, residual)
 
     return run
 
@@ -397,13 +419,17 @@ def _int_forward(static, *args):
 
 def _int_backward(static, residuals, g):
     """Straight through the rounding of the activations, as in training."""
-    x, values, scale, zero, act_scale, act_offset = residuals
+    x, values, scale, zero, act_scale, act_offset, bias, residual = residuals
     codes = decode(values, static.bits, x.shape[-1], static.transpose_w, static.panels)
-    run = lambda x, scale, act_scale, act_offset: _simulate(
-        static, x, codes.astype(jnp.float32), scale, zero, act_scale, act_offset
-    )
-    dx, dscale, dact, doffset = jax.vjp(run, x, scale, act_scale, act_offset)[1](g)
-    return dx, None, dscale, None, dact, doffset
+    codes = codes.astype(jnp.float32)
+
+    def run(x, scale, act_scale, act_offset, bias, residual):
+        out = _simulate(static, x, codes, scale, zero, act_scale, act_offset)
+        return finish(out, bias, static.activation, residual)
+
+    inputs = (x, scale, act_scale, act_offset, bias, residual)
+    dx, dscale, *others = jax.vjp(run, *inputs)[1](g)
+    return dx, None, dscale, None, *others
 
 
 _int_linear.defvjp(_int_forward, _int_backward)

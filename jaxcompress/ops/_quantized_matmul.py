@@ -16,6 +16,7 @@ from jaxcompress.arrays._packing import packed_size, unpack
 from jaxcompress.arrays._panels import from_panels
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
+from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._int8_matmul import (
     MAX_K_ZERO_POINT,
     check_scales,
@@ -42,6 +43,7 @@ class _Static:
     dtype: str
     implementation: str | None
     panels: int | None = None  # the columns of a weight that comes in panels
+    activation: str | None = None
 
 
 def quantized_matmul(
@@ -114,27 +116,35 @@ def quantized_matmul(
     )
     if w.ndim == 2:
         x, w, scale, zero_point = batched(x, w, scale, zero_point)
-    return _matmul(static, x, w, scale, zero_point).reshape(*lead, m, n)
+    return _matmul(static, x, w, scale, zero_point, None, None).reshape(*lead, m, n)
 
 
-def multiply_panels(
+def multiply_stored(
     x: jax.Array,
     w: jax.Array,
     scale: jax.Array,
     zero_point: jax.Array | None,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
     *,
-    n: int,
+    panels: int | None,
     bits: int,
     group_size: int | None,
     transpose_w: bool,
     dtype: DTypeLike,
+    activation: str | None,
 ) -> jax.Array:
-    """`quantized_matmul` of a weight in panels, `[*lead, n / 16, rows / 4, 16, 4]`."""
+    """`quantized_matmul` of a weight that fits, and what follows it.
+
+    With `panels`, of so many columns, `w` is `[*lead, n / 16, rows / 4, 16, 4]`.
+    """
     lead = x.shape[:-1]
-    if w.ndim == 4:
+    if x.ndim == 2:
         x, w, scale, zero_point = batched(x, w, scale, zero_point)
-    static = _Static(bits, group_size, transpose_w, jnp.dtype(dtype).name, None, panels=n)
-    return _matmul(static, x, w, scale, zero_point).reshape(*lead, n)
+        bias, residual = (None if a is None else a[None] for a in (bias, residual))
+    static = _Static(bits, group_size, transpose_w, jnp.dtype(dtype).name, None, panels, activation)
+    out = _matmul(static, x, w, scale, zero_point, bias, residual)
+    return out.reshape(*lead, out.shape[-1])
 
 
 def batched(x: jax.Array, *others: jax.Array | None) -> list[Any]:
@@ -144,7 +154,7 @@ def batched(x: jax.Array, *others: jax.Array | None) -> list[Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static, x, w, scale, zero_point):
+def _matmul(static, x, w, scale, zero_point, bias, residual):
     problem = Problem(
         m=x.shape[-2],
         k=x.shape[-1],
@@ -155,21 +165,34 @@ def _matmul(static, x, w, scale, zero_point):
         packed=w.dtype == jnp.uint8 and static.bits < 8,
         transpose_w=static.transpose_w,
     )
-    return dispatch(_table(static), problem, static.implementation, x, w, scale, zero_point)
+    operands = (x, w, scale, zero_point, bias, residual)
+    return dispatch(_table(static), problem, static.implementation, *operands)
 
 
-def _forward(static, x, w, scale, zero_point):
-    return _matmul(static, x, w, scale, zero_point), (x, w, scale, zero_point)
+def _forward(static, *operands):
+    return _matmul(static, *operands), operands
 
 
-def _backward(static, residuals, g):
-    x, w, scale, zero_point = residuals
-    run = lambda x, scale: _reference(static, x, w, scale, zero_point)
-    dx, dscale = jax.vjp(run, x, scale)[1](g)
-    return dx, None, dscale, None
+def _backward(static, operands, g):
+    x, w, scale, zero_point, *more = operands
+
+    def run(x, scale, *more):
+        return _finished(_reference, static, x, w, scale, zero_point, *more)
+
+    dx, dscale, *dmore = jax.vjp(run, x, scale, *more)[1](g)
+    return dx, None, dscale, None, *dmore
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _finished(run, static, x, w, scale, zero_point, bias, residual):
+    """A product, and what follows it, step by step."""
+    if bias is None and residual is None and static.activation is None:
+        return run(static, x, w, scale, zero_point)
+    single = dataclasses.replace(static, dtype="float32")
+    out = run(single, x, w, scale, zero_point)
+    return finish(out, bias, static.activation, residual).astype(static.dtype)
 
 
 def _reference(
@@ -197,7 +220,13 @@ def decode(
 
 
 def _cpu(
-    static: _Static, x: jax.Array, w: jax.Array, scale: jax.Array, zero_point: jax.Array | None
+    static: Any,
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
 ) -> jax.Array:
     """The activations as rows of int8 digits, by the native library."""
     from jaxcompress.kernels.quantized_matmul import cpu as kernel
@@ -208,7 +237,10 @@ def _cpu(
         scale,
         zero_point,
         None,
-        otherwise=_cpu_by_xla(static),
+        bias,
+        residual,
+        activation=static.activation,
+        otherwise=_cpu_by_xla(static, *(a is not None for a in (zero_point, bias, residual))),
         panels=static.panels,
         transpose_w=static.transpose_w,
         bits=static.bits,
@@ -219,14 +251,17 @@ def _cpu(
 
 
 @functools.cache
-def _cpu_by_xla(static: _Static) -> Callable[..., jax.Array]:
+def _cpu_by_xla(
+    static: _Static, has_zero: bool, has_bias: bool, has_residual: bool
+) -> Callable[..., jax.Array]:
     """What an exported program does for the native call, with scales `[b, g, n]`."""
     single = dataclasses.replace(static, dtype="float32")
     turn = lambda s: jnp.swapaxes(s, -1, -2) if static.transpose_w else s
 
-    def run(x, w, scale, zero_point=None):
-        zero = None if zero_point is None else turn(zero_point)
-        return _xla(single, x, w, turn(scale), zero)
+    def run(x, w, scale, *rest):
+        zero, bias, residual = in_places((has_zero, has_bias, has_residual), rest)
+        zero = None if zero is None else turn(zero)
+        return _finished(_xla, single, x, w, turn(scale), zero, bias, residual)
 
     return run
 
@@ -374,8 +409,9 @@ def float_dot(x: jax.Array, w: jax.Array, transpose_w: bool) -> jax.Array:
 
 def _table(static: _Static | None) -> tuple[Implementation, ...]:
     def bound(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return functools.partial(run, static)
+        return functools.partial(_finished, run, static)
 
+    native: Callable[..., jax.Array] = functools.partial(_cpu, static)
     tpu_blocks, gpu_blocks = (
         blocks_of("quantized_matmul", backend, lambda p: (p.m, p.n, p.k, p.group))
         for backend in ("pallas_tpu", "triton")
@@ -383,7 +419,7 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
     decodes = "a float product of the decoded weight"
     fused = "a float product of the weight, decoded in registers"
     return (
-        Implementation("cpu", "activations as int8 digits, native", bound(_cpu), _cpu_refuses),
+        Implementation("cpu", "activations as int8 digits, native", native, _cpu_refuses),
         Implementation("xla", "activations as int8 digits by XLA", bound(_xla), _xla_refuses),
         Implementation(
             "pallas_tpu",

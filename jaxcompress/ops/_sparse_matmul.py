@@ -11,6 +11,7 @@ from jaxcompress.arrays._prepacked_sparse import PrepackedSparseArray, columns_o
 from jaxcompress.arrays._qtype import Activation
 from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
+from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._linear import encode_activations
 from jaxcompress.ops._quantized_matmul import float_dot
 
@@ -22,12 +23,21 @@ class _Static:
     act: Activation | None
     part: int
     kept: float  # the share of what is kept, for `explain`
+    activation: str | None = None
 
 
-def sparse_linear(x: jax.Array, w: PrepackedSparseArray, dtype: Any) -> jax.Array:
+def sparse_linear(
+    x: jax.Array,
+    w: PrepackedSparseArray,
+    dtype: Any,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
     """`x[..., m, k]` times the matrices `[..., k, n]` that `w` is packed for, as `dtype`.
 
-    Leading dimensions of both are the same.
+    Leading dimensions of both are the same. What follows is
+    `activation(y + bias[..., 1, n]) + residual`.
     """
     lead = x.shape[:-2]
     scale = None
@@ -39,10 +49,9 @@ def sparse_linear(x: jax.Array, w: PrepackedSparseArray, dtype: Any) -> jax.Arra
         act_scale = jnp.broadcast_to(
             act_scale.reshape(*act_scale.shape[: len(lead)], 1, 1), (*lead, 1, 1)
         )
-    static = _Static(w.act, w.part, w.density)
-    return _matmul(static, x, w.values, w.places, w.starts, w.columns, scale, act_scale).astype(
-        dtype
-    )
+    static = _Static(w.act, w.part, w.density, activation)
+    weight = (w.values, w.places, w.starts, w.columns, scale)
+    return _matmul(static, x, *weight, act_scale, bias, residual).astype(dtype)
 
 
 def plan(w: PrepackedSparseArray, m: int, dtype: str, platform: str) -> Choice:
@@ -52,10 +61,10 @@ def plan(w: PrepackedSparseArray, m: int, dtype: str, platform: str) -> Choice:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static, x, values, places, starts, columns, scale, act_scale):
+def _matmul(static, x, values, places, starts, columns, scale, act_scale, bias, residual):
     n = columns_of(starts, x.shape[-1], static.part)
     problem = Problem(m=x.shape[-2], k=x.shape[-1], n=n, dtype=x.dtype.name)
-    operands = (x, values, places, starts, columns, scale, act_scale)
+    operands = (x, values, places, starts, columns, scale, act_scale, bias, residual)
     return dispatch(_table(static), problem, None, *operands)
 
 
@@ -65,21 +74,21 @@ def _forward(static, *operands):
 
 def _backward(static, operands, g):
     """Straight through the rounding of the activations, as in training."""
-    x, values, places, starts, columns, scale, act_scale = operands
+    x, values, places, starts, columns, *others = operands
 
-    def run(x, reals, scale, act_scale):
-        return _reference(static, x, reals, places, starts, columns, scale, act_scale)
+    def run(x, reals, *others):
+        return _reference(static, x, reals, places, starts, columns, *others)
 
     reals = values.astype(jnp.float32)
-    dx, dvalues, dscale, dact = jax.vjp(run, x, reals, scale, act_scale)[1](g)
+    dx, dvalues, *dothers = jax.vjp(run, x, reals, *others)[1](g)
     floats = jnp.issubdtype(values.dtype, jnp.floating)
-    return dx, dvalues if floats else None, None, None, None, dscale, dact
+    return dx, dvalues if floats else None, None, None, None, *dothers
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def _reference(static, x, values, places, starts, columns, scale, act_scale):
+def _reference(static, x, values, places, starts, columns, scale, act_scale, bias, residual):
     reals, x_scale = values.astype(jnp.float32), None
     w = scatter(reals, places, starts, columns, x.shape[-1], static.part)
     if static.act is not None:
@@ -88,10 +97,11 @@ def _reference(static, x, values, places, starts, columns, scale, act_scale):
     wide = jnp.promote_types(x.dtype, jnp.float32)
     out = float_dot(x.astype(wide), w.astype(wide), False)
     out = out if x_scale is None else out * x_scale
-    return out if scale is None else out * scale[..., None, :]
+    out = out if scale is None else out * scale[..., None, :]
+    return finish(out, bias, static.activation, residual)
 
 
-def _cpu(static, x, values, places, starts, columns, scale, act_scale):
+def _cpu(static, x, values, places, starts, columns, scale, act_scale, bias, residual):
     from jaxcompress.kernels.sparse_matmul import cpu as kernel
 
     act, x_scale = static.act, act_scale
@@ -105,24 +115,27 @@ def _cpu(static, x, values, places, starts, columns, scale, act_scale):
         columns,
         scale,
         x_scale,
-        otherwise=_cpu_by_xla(static, scale is not None),
+        bias,
+        residual,
+        activation=static.activation,
+        otherwise=_cpu_by_xla(static, *(a is not None for a in (scale, x_scale, bias, residual))),
         part=static.part,
         high=None if act is None else act.qtype.high,
     )
 
 
 @functools.cache
-def _cpu_by_xla(static, has_scale):
+def _cpu_by_xla(static, *has):
     """What an exported program does for the native call."""
 
     def run(x, values, places, starts, columns, *rest):
-        scale = rest[0] if has_scale else None
-        x_scale = rest[-1] if len(rest) > has_scale else None
+        scale, x_scale, bias, residual = in_places(has, rest)
         given = static
         if x_scale is not None:
             act = dataclasses.replace(static.act, per_token=False, static=True)
             given = dataclasses.replace(static, act=act)
-        return _reference(given, x, values, places, starts, columns, scale, x_scale)
+        others = (scale, x_scale, bias, residual)
+        return _reference(given, x, values, places, starts, columns, *others)
 
     return run
 

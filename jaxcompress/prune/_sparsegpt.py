@@ -32,7 +32,7 @@ def sparsegpt(
     params: Any,
     batches: Iterable[Any],
     pattern: Pattern,
-    sparsity: float,
+    sparsity: float | Mapping[str, float | None],
     *,
     rules: Patterns | None = None,
     quantize: Spec | Mapping[str, Spec | None] | None = None,
@@ -58,7 +58,8 @@ def sparsegpt(
       batches: inputs of one shape; 128 sequences are usual.
       pattern: `unstructured()`, whose competitions are `block_size` inputs of a leaf each
         (of one output with `axis` or `layout`), or `nm` along the contracted axis.
-      sparsity: the fraction of zeros; 1.0 for `nm`, all groups.
+      sparsity: the fraction of zeros, 1.0 for `nm`, all groups; or instead of `rules` a
+        mapping of patterns to the sparsity of their leaves, where None leaves them alone.
       rules: patterns of the paths to prune; every floating weight of two dimensions and
         more that meets a product if None.
       quantize: a spec of symmetric integers for all that is pruned, or rules for some of it.
@@ -76,8 +77,9 @@ def sparsegpt(
       and what is kept; `jc.prune.pack` makes them one.
 
     Raises:
-      ValueError: another pattern; a weight that no activations met; a rule that matches
-        nothing, or a weight that meets no product; a quantized weight that is not pruned;
+      ValueError: another pattern, a sparsity out of its range, or a mapping of them and
+        `rules` too; a weight that no activations met; a rule that matches nothing, or a
+        weight that meets no product; a quantized weight that is not pruned;
         activations that are not finite; a `resume` folder of another run.
       TypeError: a rule for a leaf that is no dense weight; a spec that is not of integers.
 
@@ -99,9 +101,7 @@ def sparsegpt(
     """
     if pattern.ratio is None and pattern.name != "unstructured":
         raise ValueError(f"sparsegpt takes unstructured() or nm(); got {pattern.name}")
-    if pattern.ratio is not None and sparsity != 1.0:
-        raise ValueError(f"sparsegpt constrains every group of {pattern.name}: give sparsity 1.0")
-    constant(sparsity)  # refuses what is no fraction
+    rules, share = _shares(params, pattern, sparsity, rules)
     if not damping > 0 or block_size < 1:
         raise ValueError(f"damping is positive, block_size 1 or more; got {damping}, {block_size}")
     batches = list(batches)
@@ -118,7 +118,7 @@ def sparsegpt(
                 f"the spec of {path!r} is asymmetric; a pruned weight has to be code 0, so give "
                 "a symmetric one"
             )
-    surgery = Surgery(sparsity, pattern.ratio, pattern.separate, damping, block_size)
+    how = pattern.ratio, pattern.separate, damping, block_size
 
     def work(g: int, leaves: dict[str, Any], values: list[Any], tell: Tell) -> dict[str, Any]:
         seen, group = observed(program, g, leaves, values, second_moment()), program.groups[g]
@@ -127,7 +127,7 @@ def sparsegpt(
             name = name_of(unit)
             one = lambda part, i=i: tell((i + part) / len(group))
             layer = layers.layer(unit, jnp.asarray(leaves[name]), seen[name], one)
-            done[name], done[_mask_of(name)] = operate(layer, surgery)
+            done[name], done[_mask_of(name)] = operate(layer, Surgery(share(unit[0]), *how))
         return done
 
     leaves, changed = walked(
@@ -135,7 +135,12 @@ def sparsegpt(
         layers.params,
         batches,
         work,
-        identity=["sparsegpt", *surgery, sorted(chosen), sorted(layers.statics.items())],
+        identity=[
+            "sparsegpt",
+            *how,
+            [(path, share(path)) for path in sorted(chosen)],
+            sorted(layers.statics.items()),
+        ],
         resume=resume,
         progress=progress,
     )
@@ -154,6 +159,30 @@ def _masks(program: Program, params: Any, leaves: dict[str, Any], changed: Colle
     whole = restacked(program, params, kept, changed)
     nothing = optax.MaskedNode()
     return map_with_paths(lambda p, _, m: m if p in changed else nothing, params, whole)
+
+
+def _shares(
+    params: Any,
+    pattern: Pattern,
+    sparsity: float | Mapping[str, float | None],
+    rules: Patterns | None,
+) -> tuple[Patterns | None, Callable[[str], float]]:
+    """Patterns of what is pruned, and the sparsity of a path."""
+    numbers = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+    for number in numbers:
+        if number is None:
+            continue
+        constant(number)  # refuses what is no fraction
+        if pattern.ratio is not None and number != 1.0:
+            raise ValueError(
+                f"sparsegpt constrains every group of {pattern.name}: give sparsity 1.0"
+            )
+    if not isinstance(sparsity, Mapping):
+        return rules, lambda path: sparsity
+    if rules is not None:
+        raise ValueError("a mapping of sparsities says what is pruned: leave rules= out")
+    found = assign(params, sparsity)
+    return [re.escape(path) for path in found], found.__getitem__
 
 
 def _chosen(

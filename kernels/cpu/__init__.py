@@ -20,10 +20,11 @@ TARGETS = (
     "jaxcompress_quantized_matmul",
     "jaxcompress_sparse_matmul",
     "jaxcompress_block_matmul",
+    "jaxcompress_quantized_block_matmul",
 )
 
 # Best first, as the library tries them. The variable names one instead, for tests.
-PATHS = ("avx512vnni", "avx512vnni256", "avxvnni", "avx2", "portable")
+PATHS = ("avx512vnni", "avx512vnni256", "avxvnni", "avx2", "neondot", "portable")
 PATH_VARIABLE = "JAXCOMPRESS_CPU_PATH"
 
 _registering = threading.Lock()

@@ -40,16 +40,17 @@ FLAGS = (
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 # Sums of products of floats, which no two of these give to the same bit.
 _FUSED = ("-ffp-contract=fast",)
-_PORTABLE = {
+_PORTABLE: dict[str, tuple[str, ...]] = {
     "ffi.cc": (),
     "matmul.cc": (),
     "sparse.cc": (),
     "blocks.cc": (),
+    "block_codes.cc": (),
     "paths.cc": (),
     "path_portable.cc": (),
     "sparse_portable.cc": _FUSED,
 }
-_X86 = {
+_X86: dict[str, tuple[str, ...]] = {
     "path_avx512vnni.cc": (*_AVX512, "-mprefer-vector-width=512"),
     "path_avx512vnni256.cc": _AVX512,
     "path_avxvnni.cc": ("-mavx2",),
@@ -59,13 +60,21 @@ _X86 = {
 }
 
 
+_ARM: dict[str, tuple[str, ...]] = {"path_neondot.cc": ("-march=armv8.2-a+dotprod",)}
+
+
 class BuildError(RuntimeError):
     """The library cannot be built here; the message is one line that says why."""
 
 
 def sources(machine: str) -> dict[str, tuple[str, ...]]:
     """The files that make the library on a machine, with the flags of each."""
-    return {**_PORTABLE, **(_X86 if machine.lower() in ("x86_64", "amd64") else {})}
+    machine, more = machine.lower(), {}
+    if machine in ("x86_64", "amd64"):
+        more = _X86
+    elif machine in ("aarch64", "arm64"):
+        more = _ARM
+    return {**_PORTABLE, **more}
 
 
 def compiler() -> list[str]:

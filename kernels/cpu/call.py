@@ -13,7 +13,7 @@ the same product by XLA.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -26,9 +26,55 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["COLUMN_MAJOR", "PANELS", "ROW_MAJOR", "Call", "DenseCall", "aligned", "native_matmul"]
+__all__ = [
+    "COLUMN_MAJOR",
+    "PANELS",
+    "ROW_MAJOR",
+    "Call",
+    "DenseCall",
+    "Epilogue",
+    "aligned",
+    "native_matmul",
+]
 
 PANELS, ROW_MAJOR, COLUMN_MAJOR = 0, 1, 2  # as in matmul.h
+
+
+_ACTIVATIONS = (None, "relu", "gelu", "gelu_exact", "silu")  # as in path.h
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Epilogue:
+    """What follows a scaled product, `activation(y + bias[b, 1, n]) + residual[b, m, n]`.
+
+    Its arrays are the last operands of a call, if it has them.
+    """
+
+    activation: str | None = None
+    has_bias: bool = False
+    has_residual: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.has_bias + self.has_residual
+
+    @property
+    def with_rows(self) -> list[int]:
+        """The place of the residual among the operands."""
+        return [-1] * self.has_residual
+
+    def arguments(self, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], dict[str, Any]]:
+        """The two operands of the foreign call, empty where there is none, and its attribute."""
+        rest, none = list(arrays), jnp.zeros(0, jnp.float32)
+        bias = rest.pop(0) if self.has_bias else none
+        residual = rest.pop(0) if self.has_residual else none
+        return [bias, residual], dict(activation=np.int64(_ACTIVATIONS.index(self.activation)))
+
+    def specs(self, batch: Any, m: Any, n: Any) -> list[Any]:
+        return [(batch, None, n)] * self.has_bias + [(batch, m, n)] * self.has_residual
+
+    def rule(self, n: str) -> list[str]:
+        return [f"b o {n}"] * self.has_bias + [f"b m {n}"] * self.has_residual
 
 
 class Call(Protocol):
@@ -39,6 +85,10 @@ class Call(Protocol):
     @property
     def dtype(self) -> Any:
         """Of the result."""
+
+    @property
+    def with_rows(self) -> list[int]:
+        """The places of the operands, besides `x`, that have as many rows as it."""
 
     def columns(self, *operands: Any) -> int:
         """`n`, as far as the operands say it."""
@@ -61,7 +111,8 @@ class DenseCall:
     """A product of codes: the weight's bytes, and for a scaled one `scale[b, g, n]`,
     `zero[b, g, n]` and `x_scale[b, 1, 1]`, the last two only if the call has them.
 
-    `integers` is the exact product of int8 rows, without scales.
+    `integers` is the exact product of int8 rows, without scales. With `codes` the rows are int8
+    codes too, but scaled, and `x_scale` is `[b, m, 1]`.
     """
 
     integers: bool
@@ -73,10 +124,16 @@ class DenseCall:
     high: int = 127
     has_zero: bool = False
     has_x_scale: bool = False
+    codes: bool = False
+    then: Epilogue = Epilogue()
 
     @property
     def dtype(self) -> Any:
         return jnp.dtype(jnp.int32 if self.integers else jnp.float32)
+
+    @property
+    def with_rows(self) -> list[int]:
+        return [3 + self.has_zero] * self.codes + self.then.with_rows
 
     def columns(self, *operands: Any) -> int:
         # Panels are filled up to a multiple of 16.
@@ -104,6 +161,7 @@ class DenseCall:
         scale, *rest = rest
         zero = rest.pop(0) if self.has_zero else jnp.zeros(0, jnp.int8)
         x_scale = rest.pop(0) if self.has_x_scale else jnp.zeros(0, jnp.float32)
+        more, activation = self.then.arguments(rest)
         run = jax.ffi.ffi_call("jaxcompress_quantized_matmul", (out, scratch))
         return run(
             x,
@@ -111,6 +169,8 @@ class DenseCall:
             scale,
             zero,
             x_scale,
+            *more,
+            **activation,
             path=self.path,
             layout=np.int64(self.layout),
             bits=np.int64(self.bits),
@@ -124,7 +184,9 @@ class DenseCall:
         spec = {PANELS: (batch, n, None, None, None), ROW_MAJOR: (batch, None, n)}
         w = spec.get(self.layout, (batch, n, None))
         scales = [(batch, None, n)] * (0 if self.integers else 1 + self.has_zero)
-        return n, [(batch, m, None), w, *scales, *[(batch, None, None)] * self.has_x_scale]
+        rows = m if self.codes else None
+        scales += [(batch, rows, None)] * self.has_x_scale
+        return n, [(batch, m, None), w, *scales, *self.then.specs(batch, m, n)]
 
     def _cuts(self, mesh: Any, axes: Any, n: int) -> bool:
         """Whether the columns can be cut: panels only between two of them."""
@@ -139,8 +201,8 @@ class DenseCall:
         w = {PANELS: panels, ROW_MAJOR: f"b r {n}", COLUMN_MAJOR: f"b {n} r"}[self.layout]
         terms = ["b m k", w]
         terms += [f"b g {n}", f"b h {n}"][: 0 if self.integers else 1 + self.has_zero]
-        terms += ["b s t"] * self.has_x_scale
-        return f"{', '.join(terms)} -> b m {n}"
+        terms += ["b m t" if self.codes else "b s t"] * self.has_x_scale
+        return f"{', '.join(terms + self.then.rule(n))} -> b m {n}"
 
 
 def aligned(size: int) -> int:
@@ -211,12 +273,17 @@ def _mapped(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., ja
     @run.def_vmap
     def _(size, mapped, *operands):
         again = functools.partial(native_matmul, call, otherwise)
-        x, *others = operands
-        if not any(mapped[1:]):  # more rows; the weight is not repeated
-            b, m, k = x.shape[1:]
-            rows = jnp.moveaxis(x, 0, 1).reshape(b, size * m, k)
-            out = again(rows, *others)
-            return jnp.moveaxis(out.reshape(b, size, m, out.shape[-1]), 1, 0), True
+        with_rows = {0, *(i % len(operands) for i in call.with_rows)}
+        if not any(is_mapped for i, is_mapped in enumerate(mapped) if i not in with_rows):
+            # More rows; the weight is not repeated.
+            out = again(
+                *(
+                    _more_rows(size, a, mapped[i]) if i in with_rows else a
+                    for i, a in enumerate(operands)
+                )
+            )
+            out = out.reshape(out.shape[0], size, out.shape[1] // size, out.shape[2])
+            return jnp.moveaxis(out, 1, 0), True
         whole = (
             a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
             for a, is_mapped in zip(operands, mapped)
@@ -225,6 +292,13 @@ def _mapped(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., ja
         return out.reshape(size, out.shape[0] // size, *out.shape[1:]), True
 
     return run
+
+
+def _more_rows(size: int, a: Any, is_mapped: bool) -> Any:
+    """`[b, size * m, k]` of `[size, b, m, k]`, or of one that is repeated."""
+    a = a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
+    _, b, m, *last = a.shape
+    return jnp.moveaxis(a, 0, 1).reshape(b, size * m, *last)
 
 
 def _partitioned(call: Call, otherwise: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

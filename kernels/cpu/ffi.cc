@@ -89,6 +89,20 @@ ffi::Error describe(ffi::Span<const int64_t> x, ffi::Span<const int64_t> out, in
   return ffi::Error::Success();
 }
 
+// What follows a product with `biases` biases and `results` results; both may be missing.
+ffi::Error check_epilogue(ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::F32> residual,
+                          int64_t activation, size_t biases, size_t results, Epilogue* then) {
+  const size_t given = bias.element_count(), added = residual.element_count();
+  if (given != 0 && given != biases) return invalid("expected a bias a column");
+  if (added != 0 && added != results) return invalid("the residual is not of the result's shape");
+  if (activation < 0 || activation > static_cast<int64_t>(Activation::kSilu)) {
+    return invalid("there is no such activation");
+  }
+  *then = {given ? bias.typed_data() : nullptr, added ? residual.typed_data() : nullptr,
+           static_cast<Activation>(activation)};
+  return ffi::Error::Success();
+}
+
 ffi::Error Int8Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::AnyBuffer w,
                       ffi::ResultBuffer<ffi::S32> out, ffi::ResultBuffer<ffi::U8> scratch,
                       int64_t layout, std::string_view path_name) {
@@ -112,11 +126,14 @@ ffi::Error Int8Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::AnyBuff
   return ffi::Error::Success();
 }
 
-ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
+// Rows of floats, which become codes first, with a scale a batch if there are given ones; or
+// rows of codes, with a scale a row.
+ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
                            ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S8> zero,
-                           ffi::Buffer<ffi::F32> x_scale, ffi::ResultBuffer<ffi::F32> out,
+                           ffi::Buffer<ffi::F32> x_scale, ffi::Buffer<ffi::F32> bias,
+                           ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> out,
                            ffi::ResultBuffer<ffi::U8> scratch, int64_t layout, int64_t bits,
-                           int64_t group_size, int64_t digits, int64_t high,
+                           int64_t group_size, int64_t digits, int64_t high, int64_t activation,
                            std::string_view path_name) {
   Problem p{};
   ffi::Error error = describe(x.dimensions(), out->dimensions(), layout, &p);
@@ -132,16 +149,34 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::A
   if (scale.element_count() != scales) return invalid("expected a scale a group and column");
   const bool has_zero = zero.element_count() > 0, given = x_scale.element_count() > 0;
   if (has_zero && zero.element_count() != scales) return invalid("expected a zero point a scale");
-  if (given && x_scale.element_count() != p.batch) return invalid("expected an activation scale a batch");
+  const bool codes_in = x.element_type() == ffi::DataType::S8;
+  if (!codes_in && x.element_type() != ffi::DataType::F32) {
+    return invalid("the activations are float32, or int8 codes");
+  }
+  if (codes_in && digits != 1) return invalid("codes of activations are one digit");
+  if (codes_in && x_scale.element_count() != p.batch * p.m) {
+    return invalid("expected a scale a row of codes");
+  }
+  if (!codes_in && given && x_scale.element_count() != p.batch) {
+    return invalid("expected an activation scale a batch");
+  }
+  Epilogue then{};
+  error = check_epilogue(bias, residual, activation, p.batch * p.n, out->element_count(), &then);
+  if (error.failure()) return error;
   if (high < 1 || high > 127) return invalid("the largest code of an activation is 1 to 127");
   const Path* path = find_path(std::string(path_name).c_str());
   if (!path) return invalid("this CPU has no path " + std::string(path_name));
   const Workers workers = workers_of(pool);
   const Activations codes = lay_out(p, scratch->typed_data());
-  quantize_rows(*path, p, x.typed_data(), static_cast<float>(high),
-                given ? x_scale.typed_data() : nullptr, workers, codes);
+  if (codes_in) {
+    copy_rows(*path, p, static_cast<const int8_t*>(x.untyped_data()), workers, codes);
+    std::copy_n(x_scale.typed_data(), p.batch * p.m, codes.scales);
+  } else {
+    quantize_rows(*path, p, static_cast<const float*>(x.untyped_data()), static_cast<float>(high),
+                  given ? x_scale.typed_data() : nullptr, workers, codes);
+  }
   multiply(*path, p, codes, static_cast<const uint8_t*>(w.untyped_data()),
-           Scales{scale.typed_data(), has_zero ? zero.typed_data() : nullptr}, workers,
+           Scales{scale.typed_data(), has_zero ? zero.typed_data() : nullptr}, then, workers,
            out->typed_data());
   return ffi::Error::Success();
 }
@@ -149,9 +184,10 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::A
 ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
                         ffi::Buffer<ffi::U16> places, ffi::Buffer<ffi::S32> starts,
                         ffi::Buffer<ffi::U8> columns, ffi::Buffer<ffi::F32> scale,
-                        ffi::Buffer<ffi::F32> x_scale,
-                        ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::U8> scratch,
-                        int64_t high, int64_t part, std::string_view path_name) {
+                        ffi::Buffer<ffi::F32> x_scale, ffi::Buffer<ffi::F32> bias,
+                        ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> out,
+                        ffi::ResultBuffer<ffi::U8> scratch, int64_t high, int64_t part,
+                        int64_t activation, std::string_view path_name) {
   Problem shape{};
   ffi::Error error = describe(x.dimensions(), out->dimensions(), 0, &shape);
   if (error.failure()) return error;
@@ -184,6 +220,9 @@ ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
   }
   if (given && x_scale.element_count() != p.batch) return invalid("expected an activation scale a batch");
   if (high < 0 || high > 127) return invalid("the largest code of an activation is 1 to 127");
+  Epilogue then{};
+  error = check_epilogue(bias, residual, activation, p.batch * p.n, out->element_count(), &then);
+  if (error.failure()) return error;
   if (p.quantized && floats) return invalid("codes of activations are multiplied by codes");
   if (scratch->element_count() < p.scratch_bytes()) return invalid("the scratch buffer is too small");
   const Path* path = find_path(std::string(path_name).c_str());
@@ -194,7 +233,7 @@ ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
                                  floats ? nullptr : scale.typed_data()};
   const SparseRows rows = {x.typed_data(), static_cast<float>(high),
                            given ? x_scale.typed_data() : nullptr};
-  if (!multiply(*path, p, rows, weights, workers_of(pool), scratch->typed_data(),
+  if (!multiply(*path, p, rows, weights, then, workers_of(pool), scratch->typed_data(),
                 out->typed_data())) {
     return invalid("the runs of a sparse matrix leave its values, columns or rows");
   }
@@ -202,8 +241,11 @@ ffi::Error SparseMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
 }
 
 ffi::Error BlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> values,
-                       ffi::Buffer<ffi::S32> rows, ffi::ResultBuffer<ffi::F32> out, int64_t height,
-                       int64_t width, std::string_view path_name) {
+                       ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> counts,
+                       ffi::Buffer<ffi::F32> bias,
+                       ffi::Buffer<ffi::F32> residual, ffi::ResultBuffer<ffi::F32> out,
+                       int64_t height, int64_t width, int64_t activation,
+                       std::string_view path_name) {
   Problem shape{};
   ffi::Error error = describe(x.dimensions(), out->dimensions(), 0, &shape);
   if (error.failure()) return error;
@@ -213,14 +255,70 @@ ffi::Error BlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   const size_t columns = p.batch * p.across();
   if (columns > 0) p.slots = rows.element_count() / columns;
   if (rows.element_count() != columns * p.slots) return invalid("expected rows of every column");
+  const bool counted = counts.element_count() > 0;
+  if (counted && counts.element_count() != columns) return invalid("expected a count a column");
+  const BlockPlaces places = {rows.typed_data(), counted ? counts.typed_data() : nullptr};
   if (values.element_count() != columns * p.slots * p.height * p.width) {
     return invalid("the values are not those of the blocks");
   }
+  Epilogue then{};
+  error = check_epilogue(bias, residual, activation, p.batch * p.n, out->element_count(), &then);
+  if (error.failure()) return error;
   const Path* path = find_path(std::string(path_name).c_str());
   if (!path) return invalid("this CPU has no path " + std::string(path_name));
-  if (!multiply(*path, p, x.typed_data(), values.typed_data(), rows.typed_data(), workers_of(pool),
-                out->typed_data())) {
-    return invalid("a row of blocks is not in the matrix");
+  if (!multiply(*path, p, x.typed_data(), values.typed_data(), places, then,
+                workers_of(pool), out->typed_data())) {
+    return invalid("a row of blocks, or a count of them, is not in the matrix");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error QuantizedBlockMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                                ffi::AnyBuffer values, ffi::Buffer<ffi::S32> rows,
+                                ffi::Buffer<ffi::S32> counts, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> x_scale,
+                                ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::F32> residual,
+                                ffi::ResultBuffer<ffi::F32> out,
+                                ffi::ResultBuffer<ffi::U8> scratch, int64_t height, int64_t width,
+                                int64_t by_rows, int64_t high, int64_t activation,
+                                std::string_view path_name) {
+  Problem shape{};
+  ffi::Error error = describe(x.dimensions(), out->dimensions(), 0, &shape);
+  if (error.failure()) return error;
+  if (height < 4 || height % 4 || width < 16 || width % 16) {
+    return invalid("blocks of codes are multiples of 4 high and of 16 wide");
+  }
+  BlockProblem p{shape.batch, shape.m, shape.k, shape.n, static_cast<size_t>(height),
+                 static_cast<size_t>(width), 0};
+  if (p.k > (size_t{1} << 30)) return invalid("a block-sparse matrix has 2^30 rows at most");
+  const size_t columns = p.batch * p.across();
+  if (columns > 0) p.slots = rows.element_count() / columns;
+  if (rows.element_count() != columns * p.slots) return invalid("expected rows of every column");
+  const bool counted = counts.element_count() > 0;
+  if (counted && counts.element_count() != columns) return invalid("expected a count a column");
+  const BlockPlaces places = {rows.typed_data(), counted ? counts.typed_data() : nullptr};
+  if (!is_byte(values.element_type())) return invalid("the codes are no bytes");
+  if (values.element_count() != columns * p.slots * p.height * p.width) {
+    return invalid("the values are not those of the blocks");
+  }
+  const bool given = x_scale.element_count() > 0;
+  if (scale.element_count() != p.batch * p.n) return invalid("expected a scale a column");
+  if (given && x_scale.element_count() != p.batch) return invalid("expected an activation scale a batch");
+  if (high < 1 || high > 127) return invalid("the largest code of an activation is 1 to 127");
+  if (scratch->element_count() < BlockCodes::scratch_bytes(p)) {
+    return invalid("the scratch buffer is too small");
+  }
+  Epilogue then{};
+  error = check_epilogue(bias, residual, activation, p.batch * p.n, out->element_count(), &then);
+  if (error.failure()) return error;
+  const Path* path = find_path(std::string(path_name).c_str());
+  if (!path) return invalid("this CPU has no path " + std::string(path_name));
+  const BlockCodes weights = {static_cast<const uint8_t*>(values.untyped_data()), by_rows != 0,
+                              scale.typed_data()};
+  const SparseRows from = {x.typed_data(), static_cast<float>(high),
+                           given ? x_scale.typed_data() : nullptr};
+  if (!multiply(*path, p, from, weights, places, then, workers_of(pool),
+                scratch->typed_data(), out->typed_data())) {
+    return invalid("a row of blocks, or a count of them, is not in the matrix");
   }
   return ffi::Error::Success();
 }
@@ -244,10 +342,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_int8_matmul, jaxcompress::Int8Matmul,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_quantized_matmul, jaxcompress::QuantizedMatmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::U8>>()
@@ -256,6 +356,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_quantized_matmul, jaxcompress::Quantiz
                                   .Attr<int64_t>("group_size")
                                   .Attr<int64_t>("digits")
                                   .Attr<int64_t>("high")
+                                  .Attr<int64_t>("activation")
                                   .Attr<std::string_view>("path"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_sparse_matmul, jaxcompress::SparseMatmul,
@@ -268,10 +369,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_sparse_matmul, jaxcompress::SparseMatm
                                   .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::U8>>()
                                   .Attr<int64_t>("high")
                                   .Attr<int64_t>("part")
+                                  .Attr<int64_t>("activation")
                                   .Attr<std::string_view>("path"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_block_matmul, jaxcompress::BlockMatmul,
@@ -280,9 +384,34 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_block_matmul, jaxcompress::BlockMatmul
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("height")
                                   .Attr<int64_t>("width")
+                                  .Attr<int64_t>("activation")
+                                  .Attr<std::string_view>("path"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcompress_quantized_block_matmul,
+                              jaxcompress::QuantizedBlockMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .Attr<int64_t>("height")
+                                  .Attr<int64_t>("width")
+                                  .Attr<int64_t>("by_rows")
+                                  .Attr<int64_t>("high")
+                                  .Attr<int64_t>("activation")
                                   .Attr<std::string_view>("path"));
 
 // The name of the path that runs for `name` ("" for the best), or "" if this CPU lacks it.

@@ -5,7 +5,9 @@
 
 #include <string.h>
 
+#include "epilogue.h"
 #include "path.h"
+#include "real.h"
 #include "sparse_path.h"
 
 namespace jaxcompress {
@@ -13,27 +15,6 @@ namespace {
 
 // Bytes of a panel that are read ahead.
 constexpr size_t kAhead = 2048;
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// Half to even, for magnitudes below 2^22: the sum has no bits left for a fraction.
-inline float round_even(float x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23
-  return (x + magic) - magic;
-}
-
-constexpr uint32_t kInfinity = 0x7f800000u;
-constexpr uint32_t kNaN = 0x7fc00000u;
 
 // Magnitudes of floats compare like their bits, and NaN comes out on top.
 uint32_t largest_magnitude(const float* x, size_t k) {
@@ -231,14 +212,25 @@ void finish(const uint32_t* acc, size_t count, size_t columns, const float* row_
   }
 }
 
+template <int kDigits>
+void join_digits(const float* __restrict sums, size_t count, size_t columns,
+                 const float* row_scale, float* __restrict out, size_t pitch) {
+  for (size_t i = 0; i < count; ++i, sums += kDigits * kColumns, out += pitch) {
+    const float row = row_scale[i];
+    for (size_t c = 0; c < columns; ++c) {
+      float total = sums[(kDigits - 1) * kColumns + c];
+      for (int d = kDigits - 2; d >= 0; --d) total = sums[d * kColumns + c] + total / 128.0f;
+      out[c] = total * row;
+    }
+  }
+}
+
 void join(const float* sums, size_t count, size_t columns, int digits, const float* row_scale,
           float* out, size_t pitch) {
-  for (size_t i = 0; i < count; ++i, sums += digits * kColumns, out += pitch) {
-    for (size_t c = 0; c < columns; ++c) {
-      float total = sums[(digits - 1) * kColumns + c];
-      for (int d = digits - 2; d >= 0; --d) total = sums[d * kColumns + c] + total / 128.0f;
-      out[c] = total * row_scale[i];
-    }
+  switch (digits) {  // a constant for the inner loop
+    case 1: return join_digits<1>(sums, count, columns, row_scale, out, pitch);
+    case 3: return join_digits<3>(sums, count, columns, row_scale, out, pitch);
+    default: return join_digits<4>(sums, count, columns, row_scale, out, pitch);
   }
 }
 
@@ -251,9 +243,20 @@ void sum(const int8_t* codes, size_t k, size_t group, int32_t* sums) {
   }
 }
 
+// For a tile that begins each run anew.
+template <void (*kTile)(Rows, size_t, const uint8_t*, size_t, size_t, size_t, uint32_t*)>
+void runs_by(Rows x, const int32_t* starts, size_t runs, size_t count, const uint8_t* weights,
+             size_t panels, size_t pitch, size_t quads, uint32_t* acc) {
+  for (size_t r = 0; r < runs; ++r, weights += quads * kLine) {
+    kTile({x.codes + starts[r], x.stride}, count, weights, panels, pitch, quads, acc);
+  }
+}
+
 // What a path shares with the others; it adds its tile.
-#define JAXCOMPRESS_PATH(name, rows, tile, tile4, sparse) \
-  {name, rows, tile, tile4, quantize, decode, gather, start, scale, finish, join, sum, &sparse}
+#define JAXCOMPRESS_PATH(name, rows, tile, tile_runs, tile4, tile_group, tile4_group, sparse)     \
+  {name,       rows,        tile,     tile_runs, tile4,  tile_group, tile4_group, quantize, \
+   decode,     gather,      start,    scale,     finish, join,       epilogue,    sum,      \
+   &sparse}
 
 }  // namespace
 }  // namespace jaxcompress

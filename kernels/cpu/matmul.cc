@@ -37,6 +37,7 @@ struct Output {
   int32_t* integers;  // or, if null,
   float* floats;
   Scales scales;
+  Epilogue then;
 };
 
 // Up to four panels of columns times one block of rows.
@@ -100,14 +101,20 @@ class Block {
   void multiply_strip(const uint8_t* quads, size_t pitch, size_t k, size_t end) {
     for (size_t at = k; at < end;) {
       const size_t group = at / p_.group, group_end = std::min((group + 1) * p_.group, p_.k);
-      const size_t stop = std::min(end, group_end);
-      if (at == group * p_.group) start(group);
+      const size_t stop = std::min(end, group_end), steps = (stop - at + kQuad - 1) / kQuad;
+      const bool whole = at == group * p_.group && stop == group_end && groups_in_tiles();
+      if (at == group * p_.group && !whole) start(group);
       for (size_t row = 0; row < rows_; row += path_.rows) {
         const Rows x = {x_.codes + row * x_.stride + at, x_.stride};
-        path_.tile(x, std::min(path_.rows, rows_ - row), quads + (at - k) * kPanel, panels_, pitch,
-                   (stop - at + kQuad - 1) / kQuad, acc_ + row * kColumns);
+        const size_t count = std::min(path_.rows, rows_ - row);
+        const uint8_t* from = quads + (at - k) * kPanel;
+        if (whole) {
+          path_.tile_group(x, count, from, panels_, pitch, steps, group_of(group, row));
+        } else {
+          path_.tile(x, count, from, panels_, pitch, steps, acc_ + row * kColumns);
+        }
       }
-      if (stop == group_end) finish(group);
+      if (stop == group_end) finish(group, whole);
       at = stop;
     }
   }
@@ -117,14 +124,20 @@ class Block {
   void multiply_planes() {
     for (size_t at = 0; at < p_.k;) {
       const size_t group = at / p_.group, group_end = std::min((group + 1) * p_.group, p_.k);
-      const size_t stop = std::min(at + kStrip, group_end);
-      if (at == group * p_.group) start(group);
+      const size_t stop = std::min(at + kStrip, group_end), steps = (stop - at + kBlock - 1) / kBlock;
+      const bool whole = at == group * p_.group && stop == group_end && groups_in_tiles();
+      if (at == group * p_.group && !whole) start(group);
       for (size_t row = 0; row < rows_; row += path_.rows) {
         const Rows x = {x_.codes + row * x_.stride + at, x_.stride};
-        path_.tile4(x, std::min(path_.rows, rows_ - row), panel(0) + at / 2 * kPanel, panels_,
-                    p_.panel_bytes(), (stop - at + kBlock - 1) / kBlock, acc_ + row * kColumns);
+        const size_t count = std::min(path_.rows, rows_ - row), pitch = p_.panel_bytes();
+        const uint8_t* from = panel(0) + at / 2 * kPanel;
+        if (whole) {
+          path_.tile4_group(x, count, from, panels_, pitch, steps, group_of(group, row));
+        } else {
+          path_.tile4(x, count, from, panels_, pitch, steps, acc_ + row * kColumns);
+        }
       }
-      if (stop == group_end) finish(group);
+      if (stop == group_end) finish(group, whole);
       at = stop;
     }
   }
@@ -136,21 +149,41 @@ class Block {
     path_.start(rows_, columns_, 1 << (p_.bits - 1), zero, sums_ + group, p_.groups(), acc_);
   }
 
-  void finish(size_t group) {
+  // Whether a tile may take a group from its start to its scales.
+  bool groups_in_tiles() const {
+    const bool scaled = !out_.integers && (p_.groups() > 1 || p_.digits > 1);
+    return path_.tile_group && scaled && !out_.scales.zero && columns_ == panels_ * kPanel;
+  }
+
+  Group group_of(size_t group, size_t row) {
+    return {sums_ + row * p_.groups() + group, p_.groups(), 1u << (p_.bits - 1), scales_of(group),
+            group > 0, scaled_ + row * kColumns};
+  }
+
+  const float* scales_of(size_t group) const {
+    return out_.scales.scale + (batch_ * p_.groups() + group) * p_.n + column_;
+  }
+
+  // `scaled` says whether the group was one of those above.
+  void finish(size_t group, bool scaled = false) {
     const size_t row = batch_ * p_.m + first_row_ / p_.digits, pitch = p_.n;
     if (out_.integers) {
       int32_t* out = out_.integers + row * pitch + column_;
       for (size_t i = 0; i < rows_; ++i) std::memcpy(out + i * pitch, acc_ + i * kColumns, 4 * columns_);
       return;
     }
-    const float* scale = out_.scales.scale + (batch_ * p_.groups() + group) * pitch + column_;
+    const float* scale = scales_of(group);
     float* out = out_.floats + row * pitch + column_;
     if (p_.groups() == 1 && p_.digits == 1) {
-      return path_.finish(acc_, rows_, columns_, row_scales_, scale, out, pitch);
+      path_.finish(acc_, rows_, columns_, row_scales_, scale, out, pitch);
+    } else {
+      if (!scaled) path_.scale(acc_, rows_, columns_, scale, group > 0, scaled_);
+      if (group + 1 < p_.groups()) return;
+      path_.join(scaled_, rows_ / p_.digits, columns_, p_.digits, row_scales_, out, pitch);
     }
-    path_.scale(acc_, rows_, columns_, scale, group > 0, scaled_);
-    if (group + 1 < p_.groups()) return;
-    path_.join(scaled_, rows_ / p_.digits, columns_, p_.digits, row_scales_, out, pitch);
+    if (out_.then.empty()) return;
+    const Epilogue then = out_.then.from(batch_ * pitch + column_, row * pitch + column_);
+    path_.epilogue(then, rows_ / p_.digits, columns_, out, pitch);
   }
 
   // Sums of nothing.
@@ -236,12 +269,12 @@ void copy_rows(const Path& path, const Problem& p, const int8_t* x, const Worker
 
 void multiply(const Path& path, const Problem& p, Activations x, const uint8_t* weights,
               const Workers& workers, int32_t* out) {
-  multiply(path, p, x, weights, Output{out, nullptr, {nullptr, nullptr}}, workers);
+  multiply(path, p, x, weights, Output{out, nullptr, {}, {}}, workers);
 }
 
 void multiply(const Path& path, const Problem& p, Activations x, const uint8_t* weights,
-              Scales scales, const Workers& workers, float* out) {
-  multiply(path, p, x, weights, Output{nullptr, out, scales}, workers);
+              Scales scales, const Epilogue& then, const Workers& workers, float* out) {
+  multiply(path, p, x, weights, Output{nullptr, out, scales, then}, workers);
 }
 
 }  // namespace jaxcompress

@@ -84,8 +84,8 @@ struct Scales {
 void multiply(const Path& path, const Problem& p, Activations x, const uint8_t* weights,
               const Workers& workers, int32_t* out);
 
-// out[b][m][n], scaled.
+// out[b][m][n], scaled, and what follows.
 void multiply(const Path& path, const Problem& p, Activations x, const uint8_t* weights,
-              Scales scales, const Workers& workers, float* out);
+              Scales scales, const Epilogue& then, const Workers& workers, float* out);
 
 }  // namespace jaxcompress

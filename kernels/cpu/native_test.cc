@@ -72,6 +72,67 @@ void store(const Problem& p, std::vector<uint8_t>& w, size_t b, size_t k, size_t
   }
 }
 
+// What follows a product, one of every kind in turn.
+struct Following {
+  std::vector<float> bias, residual;
+  Epilogue then;
+
+  Following(size_t biases, size_t results) {
+    static int turn = 0;
+    const int kind = turn++ % 12;
+    if (kind % 2) bias = buffer<float>(biases);
+    if (kind % 3 == 1) residual = buffer<float>(results);
+    for (auto* v : {&bias, &residual}) {
+      for (auto& f : *v) f = static_cast<float>(any(-9, 9));
+    }
+    const auto pointer = [](const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
+    then = {pointer(bias), pointer(residual), static_cast<Activation>(kind % 5)};
+  }
+
+  // Element i of the results, of column c, that is `x` before.
+  double apply(double x, size_t i, size_t c) const {
+    if (!bias.empty()) x += bias[c];
+    switch (then.activation) {
+      case Activation::kRelu: x = std::max(x, 0.0); break;
+      case Activation::kGelu:
+        x *= 0.5 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+        break;
+      case Activation::kGeluExact: x *= 0.5 * std::erfc(-x / std::sqrt(2.0)); break;
+      case Activation::kSilu: x /= 1 + std::exp(-x); break;
+      default: break;
+    }
+    return residual.empty() ? x : x + residual[i];
+  }
+};
+
+// Every activation from -12 to 12, and at the ends: near float64, and the same on every path.
+void check_activations(const Path& path) {
+  const size_t n = 4801;
+  for (int kind = 0; kind < 5; ++kind) {
+    Following following(0, 0);
+    following.bias.clear();
+    following.residual.clear();
+    following.then = {nullptr, nullptr, static_cast<Activation>(kind)};
+    auto x = buffer<float>(n);
+    for (size_t i = 0; i < n; ++i) x[i] = (static_cast<float>(i) - 2400.0f) / 200.0f;
+    x[0] = -3e38f;
+    x[n - 1] = 3e38f;
+    auto got = x, same = x;
+    path.epilogue(following.then, 1, n, got.data(), n);
+    find_path("portable")->epilogue(following.then, 1, n, same.data(), n);
+    if (std::memcmp(got.data(), same.data(), n * sizeof(float))) fail("the floats of an activation");
+    for (size_t i = 0; i < n; ++i) {
+      const double want = i ? following.apply(x[i], i, 0) : kind ? 0.0 : x[i];
+      // A few roundings of x, however small the share of it that is left.
+      const double within = 4e-7 * (std::min(12.0f, std::fabs(x[i])) + std::fabs(want));
+      if (!(std::fabs(got[i] - want) <= within)) fail("an activation");
+    }
+    float nan = NAN;
+    path.epilogue(following.then, 1, 1, &nan, 1);
+    if (!std::isnan(nan)) fail("an activation of what is no number");
+  }
+}
+
 void check_case(const Path& path, Problem p, bool has_zero) {
   const int low = -(1 << (p.bits - 1)), high = -low - 1;
   auto codes = buffer<int>(p.batch * p.k * p.n);
@@ -117,8 +178,9 @@ void check_case(const Path& path, Problem p, bool has_zero) {
   for (size_t row = 0; p.k > 0 && row < p.batch * p.m; ++row) x[row * p.k] = 127.0f;
   auto out = buffer<float>(outputs);
   quantize_rows(path, p, x.data(), 127.0f, nullptr, workers(), to);
+  const Following following(p.batch * p.n, outputs);
   multiply(path, p, to, weights.data(), Scales{scale.data(), has_zero ? zero.data() : nullptr},
-           workers(), out.data());
+           following.then, workers(), out.data());
   for (size_t i = 0; i < outputs; ++i) {
     const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
     double want = 0;
@@ -128,7 +190,9 @@ void check_case(const Path& path, Problem p, bool has_zero) {
       want += static_cast<double>(x[row * p.k + k]) * code * scale[s];
     }
     // 127 * float(1 / 127) may miss 1 by a rounding.
-    if (std::fabs(out[i] - want) > 1e-6 * (1 + std::fabs(want))) fail("a scaled sum");
+    const double within = 1e-6 * (10 + std::fabs(want));
+    want = following.apply(want, i, b * p.n + n);
+    if (!(std::fabs(out[i] - want) <= within)) fail("a scaled sum");
   }
 }
 
@@ -232,7 +296,10 @@ void check_sparse_case(const Path& path, SparseProblem p, bool floats) {
   const SparseRows rows = {x.data(), 127.0f, nullptr};
   SparseWeights weights = {s.starts.data(), s.columns.data(), s.places.data(), floats ? s.values.data() : nullptr,
                            floats ? nullptr : s.codes.data(), floats ? nullptr : scale.data()};
-  if (!multiply(path, p, rows, weights, workers(), start, out.data())) fail("valid runs");
+  const Following following(p.batch * p.n, out.size());
+  if (!multiply(path, p, rows, weights, following.then, workers(), start, out.data())) {
+    fail("valid runs");
+  }
   for (size_t i = 0; i < out.size(); ++i) {
     const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
     double want = 0;
@@ -240,26 +307,28 @@ void check_sparse_case(const Path& path, SparseProblem p, bool floats) {
       want += static_cast<double>(x[row * p.k + k]) * s.dense[(b * p.n + n) * p.k + k];
     }
     if (!floats) want *= scale[b * p.n + n];
-    if (std::fabs(out[i] - want) > 1e-6 * (1 + std::fabs(want))) fail("a sparse sum");
+    const double within = 1e-6 * (10 + std::fabs(want));
+    want = following.apply(want, i, b * p.n + n);
+    if (!(std::fabs(out[i] - want) <= within)) fail("a sparse sum");
   }
   if (out.empty() || p.k == 0) return;
   auto starts = s.starts;
   for (const int32_t wrong : {-4, static_cast<int32_t>(p.kept) / 4 * 4 + 4, 2}) {
     starts[p.starts() - 1] = wrong;
     weights.starts = starts.data();
-    if (multiply(path, p, rows, weights, workers(), start, out.data())) fail("runs that leave");
+    if (multiply(path, p, rows, weights, {}, workers(), start, out.data())) fail("runs that leave");
   }
   auto columns = s.columns;
   columns[0] = static_cast<uint8_t>(std::min(p.n, kGroup));
   weights.starts = s.starts.data();
   weights.columns = columns.data();
-  if (multiply(path, p, rows, weights, workers(), start, out.data())) fail("columns that leave");
+  if (multiply(path, p, rows, weights, {}, workers(), start, out.data())) fail("columns that leave");
   weights.columns = s.columns.data();
   auto places = s.places;
   if (s.starts[p.starts() - 1] == 0) return;
   places[0] = static_cast<uint16_t>(p.k);
   weights.places = places.data();
-  if (multiply(path, p, rows, weights, workers(), start, out.data())) fail("places that leave");
+  if (multiply(path, p, rows, weights, {}, workers(), start, out.data())) fail("places that leave");
 }
 
 void check_blocks(const Path& path) {
@@ -278,13 +347,20 @@ void check_blocks(const Path& path) {
     for (auto& v : x) v = static_cast<float>(any(-99, 99));
     for (auto& v : values) v = static_cast<float>(any(-99, 99));
     for (auto& r : rows) r = any(0, static_cast<int>((p.k + p.height - 1) / p.height) - 1);
-    if (!multiply(path, p, x.data(), values.data(), rows.data(), workers(), out.data())) {
+    auto counts = buffer<int32_t>(columns);
+    for (auto& c : counts) c = any(0, static_cast<int>(p.slots));
+    const bool counted = any(0, 1);
+    const BlockPlaces places = {rows.data(), counted ? counts.data() : nullptr};
+    const Following following(p.batch * p.n, out.size());
+    if (!multiply(path, p, x.data(), values.data(), places, following.then, workers(),
+                  out.data())) {
       fail("valid blocks");
     }
     for (size_t i = 0; i < out.size(); ++i) {
       const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
       double want = 0;
-      for (size_t s = 0; s < p.slots; ++s) {
+      const size_t used = counted ? counts[b * p.across() + n / p.width] : p.slots;
+      for (size_t s = 0; s < used; ++s) {
         const size_t block = (b * p.across() + n / p.width) * p.slots + s;
         for (size_t h = 0; h < p.height; ++h) {
           const size_t k = static_cast<size_t>(rows[block]) * p.height + h;
@@ -293,17 +369,93 @@ void check_blocks(const Path& path) {
                   values[(block * p.height + h) * p.width + n % p.width];
         }
       }
-      if (out[i] != want) fail("a sum of blocks");
+      const double within = 1e-6 * (10 + std::fabs(want));
+      want = following.apply(want, i, b * p.n + n);
+      if (!(std::fabs(out[i] - want) <= within)) fail("a sum of blocks");
     }
     if (rows.empty() || out.empty()) continue;
     for (const int32_t wrong : {-1, static_cast<int32_t>((p.k + p.height - 1) / p.height)}) {
       rows[0] = wrong;
-      if (multiply(path, p, x.data(), values.data(), rows.data(), workers(), out.data())) {
+      if (multiply(path, p, x.data(), values.data(), {rows.data(), nullptr}, {}, workers(), out.data())) {
         fail("blocks that leave");
       }
     }
   }
   std::printf("%-14s %zu products of blocks agree\n", path.name, std::size(sizes));
+}
+
+void check_block_codes(const Path& path) {
+  const size_t sizes[][7] = {// batch, m, k, n, height, width, slots
+                             {1, 1, 8, 16, 8, 16, 1},     {1, 7, 20, 33, 8, 16, 2},
+                             {2, 13, 64, 100, 16, 48, 3}, {1, 100, 30, 130, 4, 64, 2},
+                             {1, 3, 150, 300, 140, 144, 2}, {1, 5, 8, 20, 4, 16, 0},
+                             {1, 0, 8, 16, 8, 16, 1},     {1, 50, 96, 80, 32, 80, 2}};
+  size_t cases = 0;
+  for (const auto& size : sizes) {
+    for (const bool by_rows : {false, true}) {
+      const BlockProblem p = {size[0], size[1], size[2], size[3], size[4], size[5], size[6]};
+      const size_t columns = p.batch * p.across(), bytes = p.slots * p.height * p.width;
+      auto x = buffer<float>(p.batch * p.m * p.k);
+      auto codes = buffer<int8_t>(columns * bytes);  // [columns][slots][height][width]
+      auto values = buffer<uint8_t>(codes.size());
+      auto rows = buffer<int32_t>(columns * p.slots);
+      auto scale = buffer<float>(p.batch * p.n);
+      auto out = buffer<float>(p.batch * p.m * p.n);
+      for (auto& v : x) v = static_cast<float>(any(-126, 126));
+      for (size_t row = 0; row < p.batch * p.m; ++row) x[row * p.k] = 127.0f;
+      for (auto& s : scale) s = std::ldexp(1.0f, any(-2, 2));
+      for (auto& r : rows) r = any(0, static_cast<int>(p.down()) - 1);
+      auto counts = buffer<int32_t>(columns);
+      for (auto& c : counts) c = any(0, static_cast<int>(p.slots));
+      const bool counted = any(0, 1);
+      const BlockPlaces places = {rows.data(), counted ? counts.data() : nullptr};
+      for (size_t i = 0; i < codes.size(); ++i) {
+        const uint8_t code = static_cast<uint8_t>(any(-128, 127));
+        codes[i] = static_cast<int8_t>(code);
+        const size_t column = i / std::max<size_t>(1, bytes), w = i % p.width, h = i / p.width % p.height;
+        const size_t slot = i % std::max<size_t>(1, bytes) / (p.width * p.height);
+        const size_t at = ((w / 16 * p.slots + slot) * p.height + h / 4 * 4) * 16 + w % 16 * 4 + h % 4;
+        values[by_rows ? i : column * bytes + at] = by_rows ? code : code ^ 0x80;
+      }
+      auto scratch = buffer<uint8_t>(BlockCodes::scratch_bytes(p) + 64);
+      uint8_t* start = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
+      const SparseRows from = {x.data(), 127.0f, nullptr};
+      const BlockCodes weights = {values.data(), by_rows, scale.data()};
+      const Following following(p.batch * p.n, out.size());
+      if (!multiply(path, p, from, weights, places, following.then, workers(), start, out.data())) {
+        fail("valid blocks of codes");
+      }
+      for (size_t i = 0; i < out.size(); ++i) {
+        const size_t b = i / p.n / p.m, row = i / p.n, n = i % p.n;
+        double want = 0;
+        const size_t used = counted ? counts[b * p.across() + n / p.width] : p.slots;
+        for (size_t s = 0; s < used; ++s) {
+          const size_t block = (b * p.across() + n / p.width) * p.slots + s;
+          for (size_t h = 0; h < p.height; ++h) {
+            const size_t k = static_cast<size_t>(rows[block]) * p.height + h;
+            if (k >= p.k) continue;
+            want += static_cast<double>(x[row * p.k + k]) * codes[(block * p.height + h) * p.width + n % p.width];
+          }
+        }
+        want *= scale[b * p.n + n];
+        const double within = 1e-6 * (10 + std::fabs(want));
+        want = following.apply(want, i, b * p.n + n);
+        if (!(std::fabs(out[i] - want) <= within)) fail("a sum of blocks of codes");
+      }
+      ++cases;
+      if (rows.empty() || out.empty()) continue;
+      rows[0] = static_cast<int32_t>(p.down());
+      if (multiply(path, p, from, weights, {rows.data(), nullptr}, {}, workers(), start, out.data())) {
+        fail("blocks of codes that leave");
+      }
+      rows[0] = 0;
+      counts[0] = static_cast<int32_t>(p.slots) + 1;
+      if (multiply(path, p, from, weights, {rows.data(), counts.data()}, {}, workers(), start, out.data())) {
+        fail("more blocks than there are");
+      }
+    }
+  }
+  std::printf("%-14s %zu products of blocks of codes agree\n", path.name, cases);
 }
 
 void check_sparse(const Path& path) {
@@ -327,15 +479,17 @@ void check_sparse(const Path& path) {
 }  // namespace jaxcompress
 
 int main() {
-  for (const char* name : {"portable", "avx2", "avxvnni", "avx512vnni256", "avx512vnni"}) {
+  for (const char* name : {"portable", "avx2", "avxvnni", "avx512vnni256", "avx512vnni", "neondot"}) {
     const jaxcompress::Path* path = jaxcompress::find_path(name);
     if (!path) {
       std::printf("%-14s is not on this CPU\n", name);
       continue;
     }
     jaxcompress::check_quantize(*path);
+    jaxcompress::check_activations(*path);
     jaxcompress::check_path(*path);
     jaxcompress::check_sparse(*path);
     jaxcompress::check_blocks(*path);
+    jaxcompress::check_block_codes(*path);
   }
 }

@@ -28,6 +28,32 @@ struct Rows {
   size_t stride;
 };
 
+enum class Activation { kNone = 0, kRelu = 1, kGelu = 2, kGeluExact = 3, kSilu = 4 };
+
+// What follows a product: y = activation(y + bias) + residual.
+struct Epilogue {
+  const float* bias;      // [batch][n], or null
+  const float* residual;  // [batch][m][n], or null
+  Activation activation;
+
+  bool empty() const { return !bias && !residual && activation == Activation::kNone; }
+  // For a tile of the result that begins at element `column` of all biases, and element `at` of
+  // all results.
+  Epilogue from(size_t column, size_t at) const {
+    return {bias ? bias + column : nullptr, residual ? residual + at : nullptr, activation};
+  }
+};
+
+// A whole group of codes: out[i][c] (+)= (sums of products - offset * sums[i * pitch]) * scale[c].
+struct Group {
+  const int32_t* sums;
+  size_t pitch;
+  uint32_t offset;
+  const float* scale;  // of all columns of the panels
+  bool add;
+  float* out;  // [count][kColumns]
+};
+
 struct SparsePath;
 
 struct Path {
@@ -40,10 +66,23 @@ struct Path {
   void (*tile)(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pitch,
                size_t quads, uint32_t* acc);
 
+  // The same for codes of several stretches of a row, the first of which `starts` gives (in codes
+  // from `x`), each of `quads`; the weights of one follow those of the other.
+  void (*tile_runs)(Rows x, const int32_t* starts, size_t runs, size_t count,
+                    const uint8_t* weights, size_t panels, size_t pitch, size_t quads,
+                    uint32_t* acc);
+
   // The same for codes of four bits, decoded in registers: `blocks` of 64 codes, as bit planes.
   // For few rows, which wait for memory: a steady stream. Null where `decode` has to do.
   void (*tile4)(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pitch,
                 size_t blocks, uint32_t* acc);
+
+  // `tile` and `tile4` of a whole group, from `start` to `scale`, without a way through memory.
+  // Null, both, where the four have to do.
+  void (*tile_group)(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pitch,
+                     size_t quads, const Group& group);
+  void (*tile4_group)(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pitch,
+                      size_t blocks, const Group& group);
 
   // `digits` rows of codes for one row of floats; returns the row's scale.
   // One digit: codes = round(clip(x / scale, -high, high)), scale = max|x| / high, or the
@@ -76,6 +115,9 @@ struct Path {
   // out[i][c] = row_scale[i] * sum over digits d of sums[digits * i + d][c] / 128^d
   void (*join)(const float* sums, size_t count, size_t columns, int digits,
                const float* row_scale, float* out, size_t pitch);
+
+  // A tile of the result, rows `pitch` apart, as are those of the residual.
+  void (*epilogue)(Epilogue what, size_t count, size_t columns, float* out, size_t pitch);
 
   // Sums of `group` codes each, the last group shorter.
   void (*sum)(const int8_t* codes, size_t k, size_t group, int32_t* sums);

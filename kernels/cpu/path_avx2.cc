@@ -28,6 +28,6 @@ struct Avx2 {
 
 }  // namespace
 
-extern const Path kAvx2 = JAXCOMPRESS_PATH("avx2", 4, tile256<Avx2>, nullptr, kSparseAvx2);
+extern const Path kAvx2 = JAXCOMPRESS_PATH("avx2", 4, tile256<Avx2>, runs_by<tile256<Avx2>>, nullptr, nullptr, nullptr, kSparseAvx2);
 
 }  // namespace jaxcompress

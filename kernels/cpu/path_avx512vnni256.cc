@@ -10,6 +10,6 @@ JAXCOMPRESS_VPDPBUSD(Evex, "", "v");
 
 }  // namespace
 
-extern const Path kAvx512Vnni256 = JAXCOMPRESS_PATH("avx512vnni256", 6, tile256<Evex>, nullptr, kSparseAvx2);
+extern const Path kAvx512Vnni256 = JAXCOMPRESS_PATH("avx512vnni256", 6, tile256<Evex>, runs_by<tile256<Evex>>, nullptr, nullptr, nullptr, kSparseAvx2);
 
 }  // namespace jaxcompress

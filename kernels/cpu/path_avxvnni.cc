@@ -9,6 +9,6 @@ JAXCOMPRESS_VPDPBUSD(Vex, "%{vex%} ", "x");
 
 }  // namespace
 
-extern const Path kAvxVnni = JAXCOMPRESS_PATH("avxvnni", 6, tile256<Vex>, nullptr, kSparseAvx2);
+extern const Path kAvxVnni = JAXCOMPRESS_PATH("avxvnni", 6, tile256<Vex>, runs_by<tile256<Vex>>, nullptr, nullptr, nullptr, kSparseAvx2);
 
 }  // namespace jaxcompress

@@ -26,6 +26,6 @@ void tile(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pi
 
 }  // namespace
 
-extern const Path kPortable = JAXCOMPRESS_PATH("portable", 4, tile, nullptr, kSparsePortable);
+extern const Path kPortable = JAXCOMPRESS_PATH("portable", 4, tile, runs_by<tile>, nullptr, nullptr, nullptr, kSparsePortable);
 
 }  // namespace jaxcompress

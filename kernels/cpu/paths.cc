@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace jaxcompress {
@@ -32,27 +34,48 @@ bool has_avxvnni() {
 }
 
 }  // namespace
+#elif defined(__aarch64__)
+extern const Path kNeonDot;
+
+namespace {
+
+bool has_dot_product() {
+#if defined(__APPLE__)
+  return true;  // all of Apple's 64-bit processors for computers
+#elif defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 #endif
 
 const Path* find_path(const char* name) {
   const bool best = !*name;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
   const struct {
     const Path* path;
     bool (*has)();
   } known[] = {
+#if defined(__x86_64__)
       {&kAvx512Vnni, has_avx512vnni},
       {&kAvx512Vnni256, has_avx512vnni},
       {&kAvxVnni, has_avxvnni},
       {&kAvx2, has_avx2},
+#elif defined(__aarch64__)
+      {&kNeonDot, has_dot_product},
+#endif
+      {&kPortable, [] { return true; }},
   };
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
   for (const auto& candidate : known) {
     const bool wanted = best || !strcmp(name, candidate.path->name);
     if (wanted && candidate.has()) return candidate.path;
   }
-#endif
-  return best || !strcmp(name, kPortable.name) ? &kPortable : nullptr;
+  return nullptr;
 }
 
 }  // namespace jaxcompress

@@ -19,14 +19,16 @@ constexpr size_t kSmallSparse = size_t{1} << 20;
 class SparseTile {
  public:
   SparseTile(const Path& path, const SparseProblem& p, const SparseWeights& w, size_t batch,
-             size_t row, const float* turned, const float* row_scales, float* out)
-      : loops_(*path.sparse), p_(p), starts_(w.starts + batch * p.starts()),
+             size_t row, const float* turned, const float* row_scales, const Epilogue& then,
+             float* out)
+      : path_(path), loops_(*path.sparse), p_(p), starts_(w.starts + batch * p.starts()),
         columns_(w.columns + batch * (p.starts() - 1)),
         places_(w.places + batch * p.kept), values_(w.values ? w.values + batch * p.kept : nullptr),
         codes_(w.codes ? w.codes + batch * p.kept : nullptr),
         scale_(w.scale ? w.scale + batch * p.n : nullptr), rows_(std::min(p.tile(), p.m - row)),
         width_(p.width(row)), turned_(turned),
         row_scales_(row_scales ? row_scales + batch * p.m + row : nullptr),
+        then_(then.from(batch * p.n, (batch * p.m + row) * p.n)),
         out_(out + (batch * p.m + row) * p.n) {}
 
   // Column n and the others of its group; false if their runs are not valid.
@@ -50,6 +52,7 @@ class SparseTile {
       }
       for (size_t r = 0; r < rows_; ++r) finish(lines_ + r * kResults, r, n + c, together);
     }
+    if (!then_.empty()) path_.epilogue(then_.from(n, n), rows_, count, out_ + n, p_.n);
     return true;
   }
 
@@ -84,6 +87,7 @@ class SparseTile {
     }
   }
 
+  const Path& path_;
   const SparsePath& loops_;
   const SparseProblem& p_;
   const int32_t* const starts_;
@@ -95,6 +99,7 @@ class SparseTile {
   const size_t rows_, width_;
   const float* const turned_;
   const float* const row_scales_;
+  const Epilogue then_;
   float* const out_;
   alignas(64) float sums_[kGroup * kWidest];     // [columns][lanes]
   alignas(64) float lines_[kWidest * kResults];   // [rows][columns]
@@ -121,7 +126,8 @@ size_t SparseProblem::scratch_bytes() const {
 }
 
 bool multiply(const Path& path, const SparseProblem& p, SparseRows rows,
-              const SparseWeights& weights, const Workers& workers, uint8_t* scratch, float* out) {
+              const SparseWeights& weights, const Epilogue& then, const Workers& workers,
+              uint8_t* scratch, float* out) {
   if (p.batch == 0 || p.m == 0 || p.n == 0) return true;
   const SparsePath& loops = *path.sparse;
   const bool alone = std::max<size_t>(16, p.m) * p.kept * p.batch < kSmallSparse;
@@ -168,7 +174,7 @@ bool multiply(const Path& path, const SparseProblem& p, SparseRows rows,
   each(workers, alone, p.batch * tiles * chunks, [&](size_t task) {
     const size_t batch = task / chunks / tiles, row = task / chunks % tiles * tile;
     const float* x = p.turned() ? turned + batch * stride + row * p.k : rows.x + batch * p.k;
-    SparseTile block(path, p, weights, batch, row, x, row_scales, out);
+    SparseTile block(path, p, weights, batch, row, x, row_scales, then, out);
     const size_t first = task % chunks * chunk;
     for (size_t g = first; g < std::min(groups, first + chunk); ++g) {
       if (!block.run(g * kGroup)) valid = false;

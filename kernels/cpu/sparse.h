@@ -52,20 +52,56 @@ struct SparseRows {
 
 // out[batch][m][n]; false if the runs or the places are not those of a k x n matrix.
 bool multiply(const Path& path, const SparseProblem& p, SparseRows rows,
-              const SparseWeights& weights, const Workers& workers, uint8_t* scratch, float* out);
+              const SparseWeights& weights, const Epilogue& then, const Workers& workers,
+              uint8_t* scratch, float* out);
 
-// Whole blocks are kept, in every column of blocks as many.
+// Whole blocks are kept.
 struct BlockProblem {
   size_t batch, m, k, n;
   size_t height, width;  // of a block; `width` a multiple of 16
-  size_t slots;          // blocks that each column of blocks keeps
+  size_t slots;          // blocks that there is room for in each column of blocks
 
   size_t across() const { return (n + width - 1) / width; }
+  size_t down() const { return (k + height - 1) / height; }
 };
 
-// out[batch][m][n] of x[batch][m][k], values[batch][across][slots][height][width] and the rows
-// of blocks[batch][across][slots]; false if one of these is not in the matrix.
+// Which blocks they are.
+struct BlockPlaces {
+  const int32_t* rows;    // of blocks, [batch][across][slots]
+  const int32_t* counts;  // how many of the slots are used, [batch][across]; or null, all are
+
+  // The slots that a column uses, or -1 if one of them, or of their rows, is not there.
+  int64_t used(const BlockProblem& p, size_t column) const {
+    const int32_t* at = rows + column * p.slots;
+    const int64_t count = counts ? counts[column] : static_cast<int64_t>(p.slots);
+    if (count < 0 || count > static_cast<int64_t>(p.slots)) return -1;
+    for (int64_t s = 0; s < count; ++s) {
+      if (at[s] < 0 || static_cast<size_t>(at[s]) >= p.down()) return -1;
+    }
+    return count;
+  }
+};
+
+// out[batch][m][n] of x[batch][m][k] and values[batch][across][slots][height][width]; false if
+// one of the places is not in the matrix.
 bool multiply(const Path& path, const BlockProblem& p, const float* x, const float* values,
-              const int32_t* rows, const Workers& workers, float* out);
+              BlockPlaces places, const Epilogue& then, const Workers& workers, float* out);
+
+// The same of int8 codes, for rows that become codes first.
+struct BlockCodes {
+  // `[batch][across]`, then panels of all slots of a column of blocks, [width / 16][slots]
+  // [height / 4][16][4], codes plus 128; or, with `by_rows`, [slots][height][width], plain codes.
+  const uint8_t* values;
+  bool by_rows;
+  const float* scale;  // [batch][n]
+  // Bytes of the scratch buffer: codes of the rows, sums of each row of blocks, scales.
+  static size_t stride(const BlockProblem& p);
+  static size_t scratch_bytes(const BlockProblem& p);
+};
+
+// `height` a multiple of 4.
+bool multiply(const Path& path, const BlockProblem& p, SparseRows x, const BlockCodes& weights,
+              BlockPlaces places, const Epilogue& then, const Workers& workers, uint8_t* scratch,
+              float* out);
 
 }  // namespace jaxcompress

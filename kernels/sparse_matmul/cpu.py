@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.kernels import cpu
-from jaxcompress.kernels.cpu.call import aligned, native_matmul
+from jaxcompress.kernels.cpu.call import Epilogue, aligned, native_matmul
 
 __all__ = ["sparse_matmul"]
 
@@ -30,7 +30,10 @@ def sparse_matmul(
     columns: jax.Array,
     scale: jax.Array | None,
     x_scale: jax.Array | None,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
     *,
+    activation: str | None = None,
     otherwise: Callable[..., Any],
     part: int,
     high: int | None,
@@ -41,6 +44,7 @@ def sparse_matmul(
       values: float32, or int8 codes with a `scale[..., n]`.
       places: uint16; starts: int32; columns: uint8.
       x_scale: `[..., 1, 1]`, a static scale of the activations; None for one of each row.
+      bias, residual, activation: what follows, `activation(y + bias[..., 1, n]) + residual`.
       otherwise: what an exported program does instead, of the operands that there are.
       part: the indices along `k` of a part.
       high: the largest code of an activation; None multiplies floats.
@@ -53,6 +57,9 @@ def sparse_matmul(
         high=high or 0,
         has_scale=scale is not None,
         has_x_scale=x_scale is not None,
+        then=Epilogue(
+            activation=activation, has_bias=bias is not None, has_residual=residual is not None
+        ),
     )
     operands = [flat(x.astype(jnp.float32)), flat(values), flat(places)]
     operands += [flat(starts), flat(columns)]
@@ -60,6 +67,11 @@ def sparse_matmul(
         operands.append(flat(scale.astype(jnp.float32)))
     if x_scale is not None:
         operands.append(flat(jnp.broadcast_to(x_scale.astype(jnp.float32), (*lead, 1, 1))))
+    if bias is not None:
+        n = call.columns(*operands)
+        operands.append(flat(jnp.broadcast_to(bias.astype(jnp.float32), (*lead, 1, n))))
+    if residual is not None:
+        operands.append(flat(residual.astype(jnp.float32)))
     out = native_matmul(call, otherwise, *operands)
     return out.reshape(*lead, *out.shape[-2:])
 
@@ -73,8 +85,13 @@ class _SparseCall:
     high: int
     has_scale: bool
     has_x_scale: bool
+    then: Epilogue
 
     dtype = np.dtype(np.float32)
+
+    @property
+    def with_rows(self) -> list[int]:
+        return self.then.with_rows
 
     def columns(self, *operands: Any) -> int:
         return (operands[3].shape[-1] - 1) // -(-operands[0].shape[-1] // self.part)
@@ -87,6 +104,7 @@ class _SparseCall:
         b, m, k = x.shape
         scale = rest.pop(0) if self.has_scale else jnp.zeros(0, jnp.float32)
         x_scale = rest.pop(0) if self.has_x_scale else jnp.zeros(0, jnp.float32)
+        more, activation = self.then.arguments(rest)
         out = jax.ShapeDtypeStruct((b, m, self.columns(*operands)), jnp.float32)
         scratch = jax.ShapeDtypeStruct((_scratch_bytes(b, m, k, self.high > 0),), jnp.uint8)
         run = jax.ffi.ffi_call("jaxcompress_sparse_matmul", (out, scratch))
@@ -98,18 +116,22 @@ class _SparseCall:
             columns,
             scale,
             x_scale,
+            *more,
+            **activation,
             part=np.int64(self.part),
             high=np.int64(self.high),
             path=self.path,
         )[0]
 
     def specs(self, mesh: Any, batch: Any, m: Any, n: Any, columns: int) -> tuple[None, list[Any]]:
-        whole = [(batch, None)] * (4 + self.has_scale)
-        return None, [(batch, m, None), *whole, *[(batch, None, None)] * self.has_x_scale]
+        whole: list[Any] = [(batch, None)] * (4 + self.has_scale)
+        whole += [(batch, None, None)] * self.has_x_scale
+        return None, [(batch, m, None), *whole, *self.then.specs(batch, m, None)]
 
     def rule(self, columns: int) -> str:
         terms = ["b m k", "b v", "b w", "b u", "b y"] + ["b c"] * self.has_scale
-        return f"{', '.join(terms + ['b s t'] * self.has_x_scale)} -> b m n"
+        terms += ["b s t"] * self.has_x_scale
+        return f"{', '.join(terms + self.then.rule('i'))} -> b m n"
 
 
 @functools.cache

@@ -175,15 +175,16 @@ def raw(x, w, *, out=(1, 2, 3), scratch=4096, layout=1, path="", **operands):
     name = "jaxcompress_int8_matmul" if integers else "jaxcompress_quantized_matmul"
     static = dict(layout=np.int64(layout), path=path)
     if not integers:
-        numbers = dict(bits=8, group_size=8, digits=1, high=127) | operands.pop("numbers", {})
+        numbers = dict(bits=8, group_size=8, digits=1, high=127, activation=0)
+        numbers |= operands.pop("numbers", {})
         static |= {k: np.int64(v) for k, v in numbers.items()}
     return jax.ffi.ffi_call(name, shapes)(x, w, *operands.values(), **static)
 
 
 X, W = np.zeros((1, 2, 8), np.int8), np.zeros((1, 8, 3), np.int8)
-F = dict(
-    scale=np.ones((1, 1, 3), np.float32), zero=np.zeros(0, np.int8), given=np.zeros(0, np.float32)
-)
+NONE = np.zeros(0, np.float32)
+F = dict(scale=np.ones((1, 1, 3), np.float32), zero=np.zeros(0, np.int8), given=NONE)
+F |= dict(bias=NONE, residual=NONE)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,10 @@ F = dict(
         ("a multiple of 4 codes", (np.float32(X), W), F | dict(numbers=dict(group_size=6))),
         ("codes have 2 to 8 bits", (np.float32(X), W), F | dict(numbers=dict(bits=9))),
         ("1, 3 or 4 digits", (np.float32(X), W), F | dict(numbers=dict(digits=2))),
+        ("a scale a row of codes", (X, W), F),
+        ("expected a bias a column", (np.float32(X), W), F | dict(bias=np.ones(2, np.float32))),
+        ("not of the result's shape", (np.float32(X), W), F | dict(residual=np.float32(X))),
+        ("no such activation", (np.float32(X), W), F | dict(numbers=dict(activation=5))),
         ("is 1 to 127", (np.float32(X), W), F | dict(numbers=dict(high=128))),
     ],
 )

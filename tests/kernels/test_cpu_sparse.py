@@ -233,6 +233,8 @@ GOOD = dict(
     columns=np.arange(3, dtype=np.uint8)[None],
     scale=np.zeros(0, np.float32),
     given=np.zeros(0, np.float32),
+    bias=np.zeros(0, np.float32),
+    residual=np.zeros(0, np.float32),
 )
 
 
@@ -242,7 +244,7 @@ def raw(x, *operands, scratch=4096, **static):
         jax.ShapeDtypeStruct((1, 2, 3), jnp.float32),
         jax.ShapeDtypeStruct((scratch,), jnp.uint8),
     )
-    static = dict(high=0, part=256) | static
+    static = dict(high=0, part=256, activation=0) | static
     static = {name: np.int64(value) for name, value in static.items()}
     return jax.ffi.ffi_call("jaxcompress_sparse_matmul", shapes)(x, *operands, **static, path="")[0]
 

@@ -141,6 +141,26 @@ def test_a_layer_sees_the_layers_before_it_pruned():
     np.testing.assert_array_equal(masks["last"], mask)
 
 
+def test_each_layer_has_the_sparsity_of_its_rule():
+    rng = np.random.default_rng(6)
+    params = {n: {"kernel": jnp.float32(rng.normal(size=(8, 8)))} for n in "abc"}
+    x = data(60, 8)
+
+    def fn(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]) @ p["c"]["kernel"]
+
+    # The first rule that matches counts, and None leaves a layer alone.
+    rules = {"b.*": 0.25, "c/kernel": None, ".*kernel": 0.5}
+    new, masks = jc.prune.sparsegpt(fn, params, [x], jc.prune.unstructured(), rules)
+    assert new["c"]["kernel"] is params["c"]["kernel"]
+    assert isinstance(masks["c"]["kernel"], optax.MaskedNode)
+    for name, kept in {"a": 32, "b": 48}.items():
+        want, mask = surgeon(params[name]["kernel"].T, x, 8, [kept])
+        np.testing.assert_array_equal(masks[name]["kernel"], mask.T)
+        np.testing.assert_allclose(new[name]["kernel"], want.T, atol=2e-3)  # as above
+        x = np.tanh(x @ np.asarray(new[name]["kernel"]))
+
+
 def test_experts_have_activations_of_their_own():
     rng = np.random.default_rng(2)
     x, w = np.stack([data(seed=e) for e in range(2)]), rng.normal(size=(2, 12, 5))
@@ -276,6 +296,9 @@ DENSE = lambda p, x: x @ p["w"]
         ((DENSE, W, [X], jc.prune.nm(1, 3, axis=-2), 1.0), "'w': 3 does not divide its 8 inputs"),
         ((DENSE, W, [], jc.prune.unstructured(), 0.5), "no batches"),
         ((DENSE, W, [X], jc.prune.unstructured(), 50), "fraction of zeros"),
+        ((DENSE, W, [X], jc.prune.unstructured(), {"w": 50}), "fraction of zeros"),
+        ((DENSE, W, [X], jc.prune.unstructured(), {"w": 0.5}), "leave rules= out"),
+        ((DENSE, W, [X], jc.prune.nm(2, 4, axis=-2), {"w": None, ".*": 0.5}), "group of 2:4"),
         ((DENSE, W, [X * np.nan], jc.prune.unstructured(), 0.5), "'w' are not finite"),
         ((lambda p, x: x + p["w"].sum(), W, [X], jc.prune.unstructured(), 0.5), "cannot prune 'w'"),
     ],
