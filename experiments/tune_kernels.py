@@ -12,6 +12,7 @@ measure; nobody has run it yet. Without a GPU or TPU it stops with one line.
 
 import contextlib
 import functools
+import importlib.util
 import json
 import statistics
 import sys
@@ -135,6 +136,17 @@ def using(slot: Slot, name: str, here: str, tile: Tile) -> Iterator[None]:
         table.update(before)
 
 
+@functools.cache
+def refusals() -> tuple[type[Exception], ...]:
+    """What compilers raise of a tile that needs more memory than there is."""
+    found: list[type[Exception]] = [RuntimeError, ValueError]
+    if importlib.util.find_spec("triton") is not None:
+        from triton.errors import TritonError
+
+        found.append(TritonError)
+    return tuple(found)
+
+
 def timed(
     slot: Slot, problem: Problem, name: str, here: str, repeats: int, reasons: dict[Tile, str]
 ) -> Callable[[Tile], float | None]:
@@ -146,7 +158,7 @@ def timed(
         with using(slot, name, here, tile):
             try:
                 got = run(*placed)
-            except (RuntimeError, ValueError) as error:  # the compiler's: too much memory
+            except refusals() as error:
                 reasons[tile] = (str(error).splitlines() or [type(error).__name__])[0]
                 return None
         if not problem.is_right(got):

@@ -7,18 +7,19 @@ to it here, each only where it is absent: functions with a custom backward pass,
 the object that it was.
 """
 
+import contextlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import quax
-from jax._src import core
+from jax._src import core, source_info_util
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import ragged_dot_general_p
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jax.extend.core.primitives import jit_p, remat_p, stop_gradient_p
 from jax.typing import ArrayLike
 from quax._primitives import jit_quax
@@ -26,6 +27,7 @@ from quax._trace import _QuaxTrace, _QuaxTracer
 from quax._values import _dense, _DenseArrayValue
 
 __all__ = [
+    "as_written",
     "differentiated_inside",
     "held_by",
     "is_staged",
@@ -129,8 +131,17 @@ def differentiated_inside(array: Any) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def as_written(eqn: JaxprEqn) -> Iterator[None]:
+    """The names and the context that an equation was written in, for what replaces it."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    trace = eqn.source_info.traceback
+    with source_info_util.user_context(trace, name_stack=names), eqn.ctx.manager:
+        yield
+
+
 def is_staged() -> bool:
-    """Whether steps are written down at the moment and not done, and no derivative is taken."""
+    """Whether steps are written down at the moment, or are those of `vmap`."""
     return isinstance(core.trace_ctx.trace, (pe.DynamicJaxprTrace, batching.BatchTrace))
 
 

@@ -4,7 +4,8 @@ Under `jit` the steps of a function are known before any is done. `accelerate` t
 once more: products are marked, and a marked product whose result goes nowhere but into an
 added bias, an activation, a sum with an array of its shape, is done again by its op with that
 inside. Nobody needs the plain product then, and it is dropped. Where one of these is missing,
-or somebody else needs what lies between, the rest stays as it is.
+or somebody else needs what lies between, the rest stays as it is. A derivative is that of the
+steps as they were written, which are then done one by one.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun
 from jax.extend.core.primitives import jit_p, scan_p
 from jax.interpreters import ad, batching, mlir
@@ -54,7 +56,8 @@ def _marking() -> Iterator[None]:
 
 class _Product(NamedTuple):
     """How a product was made: of operands of this structure; how many of the last axes of its
-    result are those of the weight, how many of the first are of both; and its row for `explain`.
+    result are those of the weight, how many of the first are of both; its row for `explain`; and
+    the precision of float products at that place.
     """
 
     run: Run
@@ -62,6 +65,7 @@ class _Product(NamedTuple):
     columns: int
     batch: int
     use: Use | None
+    precision: str | None
 
 
 def fusible(run: Run, operands: Any, out: jax.Array, columns: int, batch: int) -> jax.Array:
@@ -70,7 +74,9 @@ def fusible(run: Run, operands: Any, out: jax.Array, columns: int, batch: int) -
         return out
     leaves, treedef = jax.tree.flatten(operands)
     here = listener()
-    product = _Product(run, treedef, columns, batch, here.uses[-1] if here and here.uses else None)
+    use = here.uses[-1] if here and here.uses else None
+    precision = jax.config.jax_default_matmul_precision
+    product = _Product(run, treedef, columns, batch, use, precision)
     return fusible_p.bind(*leaves, out, product=product)
 
 
@@ -112,6 +118,7 @@ class _Step:
 
     eqn: JaxprEqn
     out: list[Any]
+    then: list[JaxprEqn] = dataclasses.field(default_factory=list)  # what it takes in
     bias: tuple[Any, list[int]] | None = None
     activation: str | None = None
     residual: Any = None
@@ -142,7 +149,7 @@ def _evaluate(closed: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
     read = lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
     for step in _needed(_steps(jaxpr), jaxpr.outvars):
         if step.marked:
-            outs = [_product(step, read)]
+            outs = [_product(jaxpr, step, read)]
         else:
             outs = _bind(jaxpr, step.eqn, list(map(read, step.eqn.invars)))
         env.update(zip(step.out, outs))
@@ -175,20 +182,54 @@ def _has_products(jaxpr: Jaxpr) -> bool:
     )
 
 
-def _product(step: _Step, read: Callable[[Any], Any]) -> jax.Array:
+def _product(jaxpr: Jaxpr, step: _Step, read: Callable[[Any], Any]) -> jax.Array:
     product: _Product = step.eqn.params["product"]
     *leaves, out = step.eqn.invars
     if not step.follows:
         return read(out)
-    bias = None if step.bias is None else jnp.reshape(read(step.bias[0]), step.bias[1])
-    residual = None if step.residual is None else read(step.residual)
     here = listener()
     if here is not None and product.use in here.uses:
-        words = said(bias is not None, step.activation, residual is not None)
+        words = said(step.bias is not None, step.activation, step.residual is not None)
         place = here.uses.index(product.use)
         here.uses[place] = product.use._replace(why=f"{product.use.why}; {words}")
-    operands = jax.tree.unflatten(product.treedef, list(map(read, leaves)))
-    return product.run(operands, bias, step.activation, residual)
+    atoms = list(dict.fromkeys(_variables(step.inputs)))
+
+    def reader(values: Sequence[Any]) -> tuple[dict[Any, Any], Callable[[Any], Any]]:
+        env = dict(zip(atoms, values))
+        return env, lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
+
+    def multiply(read: Callable[[Any], Any], *then: Any) -> jax.Array:
+        operands = jax.tree.unflatten(product.treedef, list(map(read, leaves)))
+        with _quax.as_written(step.eqn), jax.default_matmul_precision(product.precision):
+            return product.run(operands, *then)
+
+    @jax.custom_jvp
+    def inside(*values: Any) -> jax.Array:
+        _, read = reader(values)
+        bias = None if step.bias is None else jnp.reshape(read(step.bias[0]), step.bias[1])
+        residual = None if step.residual is None else read(step.residual)
+        return multiply(read, bias, step.activation, residual)
+
+    def apart(*values: Any) -> jax.Array:
+        env, read = reader(values)
+        env[step.eqn.outvars[0]] = multiply(read, None, None, None)
+        for eqn in step.then:
+            env.update(zip(eqn.outvars, _bind(jaxpr, eqn, list(map(read, eqn.invars)))))
+        return env[step.out[0]]
+
+    def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+        moving = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+
+        def of(*moved: Any) -> jax.Array:
+            values = dict(enumerate(primals)) | dict(zip(moving, moved))
+            return apart(*values.values())
+
+        if not moving:
+            return (out := of()), jnp.zeros_like(out)
+        return jax.jvp(of, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+    inside.defjvp(derivative, symbolic_zeros=True)
+    return inside(*map(read, atoms))
 
 
 def _needed(steps: list[_Step], outs: Sequence[Any]) -> list[_Step]:
@@ -249,7 +290,8 @@ def _follow(
             [other] = [atom for atom in first.invars if atom is not v]
             bias = _bias(other, shape, product, made)
             if bias is not None and step.bias is None and step.activation is None:
-                step.bias = bias
+                step.bias = bias[:2]
+                step.then += bias[2]
             elif _shape(other) == shape:
                 step.residual = other
             else:
@@ -266,6 +308,7 @@ def _follow(
         else:
             break
         inside += here
+        step.then += [eqns[i] for i in here]
         step.out = list(eqns[here[-1]].outvars)
     return inside
 
@@ -282,18 +325,19 @@ def _alone(eqns: Sequence[JaxprEqn], here: list[int], users: dict[Any, list[int]
 
 def _bias(
     atom: Any, shape: Sequence[int], product: _Product, made: dict[Any, JaxprEqn]
-) -> tuple[Any, list[int]] | None:
-    """What a summand is made of, and in which shape, if it is the same for all rows."""
+) -> tuple[Any, list[int], list[JaxprEqn]] | None:
+    """What a summand is made of, in which shape, and how, if it is the same for all rows."""
     rows = range(product.batch, len(shape) - product.columns)
     sizes = list(atom.aval.shape)
     eqn = None if isinstance(atom, Literal) else made.get(atom)
+    spread: list[JaxprEqn] = []
     if eqn is not None and eqn.primitive is lax.broadcast_in_dim_p and len(eqn.invars) == 1:
-        [atom] = eqn.invars
+        [atom], spread = eqn.invars, [eqn]
         sizes = [1] * len(shape)
         for place, size in zip(eqn.params["broadcast_dimensions"], atom.aval.shape):
             sizes[place] = size
     same = len(sizes) == len(shape) and all(sizes[d] == 1 for d in rows)
-    return (atom, sizes) if same else None
+    return (atom, sizes, spread) if same else None
 
 
 # What JAX calls by these names, and the other way to write one of them.
@@ -340,7 +384,7 @@ def _alike_params(key: str, a: Any, params: dict[str, Any]) -> bool:
     b = params.get(key)
     if isinstance(a, (ClosedJaxpr, Jaxpr)):
         return type(a) is type(b) and _NAMES.sub("", str(a)) == _NAMES.sub("", str(b))
-    # quax gives calls its own names; how to differentiate follows from what the jaxprs say.
+    # quax gives calls its own names; whatever their derivatives are, they stay.
     return key in ("name", "jvp_jaxpr_fun") or callable(a) or a == b
 
 

@@ -126,7 +126,8 @@ def prepacked(
         multiply = lambda rows, flat, *then: _sparse_matmul.sparse_linear(rows, flat, dtype, *then)
     else:
         _note_product(w, w, w.transpose_w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
-        multiply = lambda rows, flat, *then: linear(rows, flat, w.transpose_w, dtype, *then)
+        turned = w.transpose_w  # not `w` itself, which is of a trace that ends
+        multiply = lambda rows, flat, *then: linear(rows, flat, turned, dtype, *then)
     out = shaped(multiply, (rows, flat), batch, [x.shape[d] for d in x_free], free)
     return _weight_first(out, len(batch), len(x_free)) if weight_first else out
 

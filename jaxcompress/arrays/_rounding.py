@@ -35,9 +35,10 @@ def _nearest_ste(qtype: QType, x: jax.Array) -> jax.Array:
     return qtype.nearest(x)
 
 
+# The rules call what they belong to, whose derivative the next order needs too.
 @_nearest_ste.defjvp
 def _(qtype, primals, tangents):
-    return qtype.nearest(primals[0]), tangents[0]
+    return _nearest_ste(qtype, primals[0]), tangents[0]
 
 
 @jax.custom_jvp
@@ -53,7 +54,8 @@ def _clip_ste(x: jax.Array, low: float, high: float) -> jax.Array:
 def _(primals, tangents):
     x, low, high = primals
     inside = (x <= high * _AT_BOUND) & (x >= low * _AT_BOUND)
-    return jnp.clip(x, low, high), jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
+    change = jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
+    return _clip_ste(x, low, high), change
 
 
 def scale_of(largest: jax.Array, steps: float) -> jax.Array:
@@ -94,7 +96,7 @@ def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
 
 @scale_gradient.defjvp
 def _(factor, primals, tangents):
-    return primals[0], tangents[0] * factor
+    return scale_gradient(primals[0], factor), tangents[0] * factor
 
 
 @jax.custom_jvp
@@ -105,8 +107,9 @@ def _through(numbers: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
 
 @_through.defjvp
 def _(primals, tangents):
-    numbers, _, scale = primals
-    return numbers, tangents[1].astype(jnp.float32) / jnp.where(jnp.isfinite(scale), scale, jnp.inf)
+    scale = primals[2]
+    change = tangents[1].astype(jnp.float32) / jnp.where(jnp.isfinite(scale), scale, jnp.inf)
+    return _through(*primals), change
 
 
 def encode_through(

@@ -83,7 +83,7 @@ def plan(w: BlockSparseArray, m: int, dtype: str, platform: str) -> Choice:
     k, n = w.matrix
     choice = choose(_table(_static(w, None)), Problem(m=m, k=k, n=n, dtype=dtype), platform)
     if choice.implementation.name != "cpu":
-        floats = plan_floats(m, k, n, w.block, "int8", dtype, platform)
+        floats = plan_floats(m, k, n, w.block, "int8", "float32", platform)  # codes
         return floats._replace(why=f"rows quantized, then {floats.why}")
     return choice if w.panels else choice._replace(why=needs_packing(choice.why))
 

@@ -105,6 +105,8 @@ def nm_matmul(
         raise TypeError(f"nm_matmul takes packed indices of uint8; indices is {indices.dtype}")
     if not 0 < n <= m:
         raise ValueError(f"expected to keep n of m, 0 < n <= m; got {n} of {m}")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"nm_matmul takes codes of 2 to 8 bits; got bits={bits}")
     if x.ndim < 2 or values.ndim < 2 or x.shape[-1] % m:
         raise ValueError(
             f"expected x[..., rows, k] with k a multiple of {m}, and values[k / m * n, "

@@ -73,7 +73,8 @@ def scaled_matmul(
 
     Raises:
       TypeError: an operand has a dtype that is not named above.
-      ValueError: shapes do not match, or the implementation cannot run, with the reason.
+      ValueError: shapes do not match, or the implementation that is named does not take them,
+        with the reason.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> x, w = jnp.full((2, 64), 6, "float4_e2m1fn"), jnp.full((64, 3), 1.5, "float4_e2m1fn")
@@ -138,10 +139,10 @@ def _forward(static, *operands):
 
 def _backward(static, operands, g):
     x, w, *scales = operands
-    if any(scale.dtype != jnp.float32 for scale in scales):
-        return None, None, None, None
     run = lambda *scales: _reference(static, x, w, *scales)
-    return None, None, *jax.vjp(run, *scales)[1](g)
+    found = jax.vjp(run, *scales)[1](g)
+    floats = (d if s.dtype == jnp.float32 else None for s, d in zip(scales, found))
+    return None, None, *floats
 
 
 _matmul.defvjp(_forward, _backward)

@@ -1,6 +1,7 @@
 """SparseGPT: one-shot pruning that lets the weights that stay make up for those that go."""
 
 import math
+import numbers
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,6 @@ from jaxcompress._statistics import second_moment
 from jaxcompress.arrays import is_compressed
 from jaxcompress.prune._mask import prunable
 from jaxcompress.prune._patterns import Pattern
-from jaxcompress.prune._schedules import constant
 from jaxcompress.prune._surgeon import Surgery, operate
 from jaxcompress.quantize._posttrain import Layers
 from jaxcompress.quantize._scales import integers_only
@@ -168,20 +168,25 @@ def _shares(
     rules: Patterns | None,
 ) -> tuple[Patterns | None, Callable[[str], float]]:
     """Patterns of what is pruned, and the sparsity of a path."""
-    numbers = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
-    for number in numbers:
-        if number is None:
+    given = sparsity if isinstance(sparsity, Mapping) else {"": sparsity}
+    for rule, number in given.items():
+        of = f" of {rule!r}" if rule else ""
+        if number is None and rule:
             continue
-        constant(number)  # refuses what is no fraction
+        if not isinstance(number, numbers.Real) or not 0 <= number <= 1:
+            raise ValueError(f"the sparsity{of} is a fraction of zeros, 0 to 1; got {number!r}")
         if pattern.ratio is not None and number != 1.0:
             raise ValueError(
-                f"sparsegpt constrains every group of {pattern.name}: give sparsity 1.0"
+                f"sparsegpt constrains every group of {pattern.name}: give sparsity{of} 1.0, "
+                f"not {number}"
             )
     if not isinstance(sparsity, Mapping):
         return rules, lambda path: sparsity
     if rules is not None:
         raise ValueError("a mapping of sparsities says what is pruned: leave rules= out")
     found = assign(params, sparsity)
+    if not found:
+        raise ValueError(f"the mapping of sparsities leaves nothing to prune; got {sparsity!r}")
     return [re.escape(path) for path in found], found.__getitem__
 
 

@@ -119,3 +119,12 @@ def test_it_prints_as_a_table():
     head, line = str(jc.explain(model, q, X)).splitlines()
     assert head.split() == ["path", "primitive", "op", "implementation", "bytes", "why"]
     assert line.split()[:5] == ["w", "dot_general", "quantized_matmul", ON_CPU, "544"]
+
+
+def test_rows_that_are_quantized_first_reach_blocks_as_float32():
+    mask = jc.prune.mask({"w": jnp.ones((256, 128))}, jc.prune.block(128, 128), 0.5)
+    weights = jc.quantize.quantize({"w": jnp.ones((256, 128))}, {"w": jc.quantize.w8a8()})
+    blocks = jc.prune.pack(weights, mask, pattern=jc.prune.block(128, 128))
+    x = jnp.ones((8, 256), jnp.float16)
+    [row] = jc.explain(lambda p, x: x @ p["w"], blocks, x, platform="tpu")
+    assert row.implementation == "pallas_tpu"

@@ -157,6 +157,69 @@ def test_gradients_are_those_of_the_steps(kind):
         np.testing.assert_allclose(a, b, rtol=0, atol=256 * EPS * np.abs(b).max())
 
 
+def test_a_derivative_of_the_users_own_stays():
+    @jax.custom_jvp
+    @jax.jit
+    def relu(x):
+        return jnp.maximum(x, 0)
+
+    relu.defjvp(lambda primals, tangents: (relu(*primals), 7 * tangents[0]))
+    w = weight("w8a8")
+    fn = jax.jit(jc.accelerate(lambda w, b: relu(X @ w + b)))
+    np.testing.assert_array_equal(jax.grad(lambda b: fn(w, b).sum())(BIAS), np.full(48, 70.0))
+
+
+def test_a_maximum_shares_its_gradient_where_both_are_equal():
+    w = weight("w8a8")
+    of = lambda act: jax.jit(jc.accelerate(lambda w, b: act(jnp.zeros((5, 64)) @ w + b)))
+    slope = lambda act: jax.grad(lambda b: of(act)(w, b).sum())(jnp.zeros(48))
+    np.testing.assert_array_equal(slope(lambda x: jnp.maximum(x, 0)), np.full(48, 2.5))
+    np.testing.assert_array_equal(slope(jax.nn.relu), np.zeros(48))
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "w4a8", "w8a16"])
+def test_second_derivatives_are_those_of_the_steps(kind):
+    w, g = weight(kind), random(5, 48, seed=5)
+
+    def curved(run):
+        slope = jax.grad(lambda x: jnp.sum(g * run(w, x) ** 2))
+        return jax.jit(jax.grad(lambda x: jnp.sum(slope(x) ** 2)))(X[0])
+
+    fn = jc.accelerate(lambda w, x: jax.nn.gelu(x @ w + BIAS))
+    want = curved(fn)
+    # As above, through three products.
+    np.testing.assert_allclose(curved(jax.jit(fn)), want, rtol=0, atol=1e-4 * np.abs(want).max())
+
+
+def test_forward_mode_passes_over_a_product_that_does_not_move():
+    w = weight("w8a8")
+    fn = jax.jit(jc.accelerate(lambda w, b: jax.nn.relu(X @ w + b)))
+    out, change = jax.jvp(lambda b: fn(w, b), (BIAS,), (np.ones_like(BIAS),))
+    np.testing.assert_array_equal(change, out > 0)
+    assert 0 < change.mean() < 1
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "w8a16", "sparse", "blocks"])
+def test_nothing_of_the_inner_trace_is_kept(kind):
+    w = weight(kind)
+    with jax.checking_leaks():
+        jax.jit(jc.accelerate(lambda w, x: jax.nn.relu(x @ w + BIAS))).lower(w, X)
+
+
+def test_names_and_precision_are_those_of_the_place():
+    q = replace(made((64, 48), (-2,)), act=None)
+
+    def fn(q, x):
+        with jax.named_scope("here"), jax.default_matmul_precision("highest"):
+            return jax.nn.gelu(x @ q + BIAS)
+
+    run = jax.jit(jc.accelerate(fn))
+    plain = str(jax.make_jaxpr(jc.accelerate(fn))(q, X))
+    assert "gelu inside" in jc.explain(fn, q, X)[0].why
+    assert str(jax.make_jaxpr(run)(q, X)).count("HIGHEST") == plain.count("HIGHEST") > 0
+    assert "here" in run.lower(q, X).as_text(debug_info=True)
+
+
 def test_exported_programs_and_sharded_rows():
     w = weight("w8a8")
     fn = lambda w, x: jax.nn.gelu(x @ w + BIAS) + x[..., :48]

@@ -125,3 +125,12 @@ def test_the_rounding_of_an_integer_type_is_checked():
     assert (IntType(4).low, IntType(4).high) == (-7, 7)
     assert (IntType(4, symmetric=False).low, IntType(4, symmetric=False).high) == (-8, 7)
     assert IntType(4, symmetric=False).name == "int4_asymmetric"
+
+
+def test_second_derivatives_pass_straight_through_too():
+    """Of `sin(c)` with `c = round(w / s)`, whose slope is `1 / s`: `-sin(c) / s^2`."""
+    w, scale = jnp.array([0.3, -1.1, 2.4]), jnp.float32(0.5)
+    of = lambda w: jnp.sum(jnp.sin(encode(w, scale, None, IntType(4), (), None)))
+    codes = np.round(np.asarray(w, np.float64) / 0.5)
+    want = np.diag(-np.sin(codes) / 0.5**2)
+    np.testing.assert_allclose(jax.hessian(of)(w), want, atol=8 * ULP)

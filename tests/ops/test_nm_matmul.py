@@ -208,6 +208,7 @@ VALUES, INDICES = np.ones((16, 4), np.float32), np.zeros((16, 4), np.uint8)
         (dict(values=VALUES.astype(np.int16)), TypeError, "values is int16"),
         (dict(indices=INDICES.astype(np.int32)), TypeError, "uint8; indices is int32"),
         (dict(n=5), ValueError, "got 5 of 4"),
+        (dict(bits=1), ValueError, "2 to 8 bits; got bits=1"),
         (dict(x=np.ones((2, 30), np.float32)), ValueError, "a multiple of 4"),
         (dict(x=np.ones((2, 36), np.float32)), ValueError, r"values\[..., 18, columns\]"),
         (dict(indices=INDICES[:8]), ValueError, r"indices\[..., 16, columns\]"),

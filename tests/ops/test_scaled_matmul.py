@@ -80,6 +80,9 @@ def test_gradients_reach_the_scales():
     dx, dw = jax.grad(run, argnums=(0, 1))(options["x_scale"], options["w_scale"])
     np.testing.assert_allclose(dx, (x @ w * options["w_scale"]).sum(1, keepdims=True), rtol=1e-4)
     np.testing.assert_allclose(dw, (x @ w * options["x_scale"]).sum(0, keepdims=True), rtol=1e-4)
+    powers = jnp.full(options["w_scale"].shape, 4, "float8_e8m0fnu")  # no gradient reaches these
+    dx = jax.grad(lambda x_scale: run(x_scale, powers))(options["x_scale"])
+    np.testing.assert_allclose(dx, 4 * (x @ w).sum(1, keepdims=True), rtol=1e-4)
 
 
 def static(weights="float8_e4m3fn", scales="float8_e8m0fnu", group=32):

@@ -309,6 +309,15 @@ def test_what_cannot_be_done_is_said(args, message):
 
 
 @pytest.mark.parametrize(
+    ("sparsity", "message"),
+    [({"w": None}, "nothing to prune; got {'w': None}"), ({"w": "x"}, "of 'w' is a fraction")],
+)
+def test_a_mapping_that_makes_no_sense_is_named(sparsity, message):
+    with pytest.raises(ValueError, match=message):
+        jc.prune.sparsegpt(DENSE, W, [X], jc.prune.unstructured(), sparsity)
+
+
+@pytest.mark.parametrize(
     ("quantize", "error", "message"),
     [
         ({"v": jc.quantize.int4()}, ValueError, "names 'v', which is not pruned"),
