@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import quax
-from jax._src import core, source_info_util
+from jax._src import config, core, source_info_util
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import ragged_dot_general_p
@@ -29,6 +29,7 @@ from quax._values import _dense, _DenseArrayValue
 __all__ = [
     "as_written",
     "differentiated_inside",
+    "float_precision",
     "held_by",
     "is_staged",
     "pvary_p",
@@ -138,6 +139,11 @@ def as_written(eqn: JaxprEqn) -> Iterator[None]:
     trace = eqn.source_info.traceback
     with source_info_util.user_context(trace, name_stack=names), eqn.ctx.manager:
         yield
+
+
+def float_precision() -> Any:
+    """What `jax.default_matmul_precision` says at the moment."""
+    return config.default_matmul_precision.value
 
 
 def is_staged() -> bool:

@@ -75,8 +75,7 @@ def fusible(run: Run, operands: Any, out: jax.Array, columns: int, batch: int) -
     leaves, treedef = jax.tree.flatten(operands)
     here = listener()
     use = here.uses[-1] if here and here.uses else None
-    precision = jax.config.jax_default_matmul_precision
-    product = _Product(run, treedef, columns, batch, use, precision)
+    product = _Product(run, treedef, columns, batch, use, _quax.float_precision())
     return fusible_p.bind(*leaves, out, product=product)
 
 
