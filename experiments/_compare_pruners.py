@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import optax
 
 import jaxcompress as jc
-from _jaxpruner import jaxpruner
+from _jaxpruner import jaxpruner, moving
 
 __all__ = ["SPARSITY", "Method", "methods"]
 
@@ -46,42 +46,36 @@ def _adam() -> optax.GradientTransformation:
 def _ours(end: int, every: int) -> dict[str, Method]:
     each = jc.prune.unstructured()
     gradual = jc.prune.magnitude(), each, jc.prune.polynomial(SPARSITY, begin=0, end=end)
-    moving = dict(key=0, end=end, every=every, fraction=FRACTION)
+    exchange = dict(key=0, end=end, every=every, fraction=FRACTION)
     link = functools.partial(jc.prune.prune, *gradual)
     hidden = lambda params, state: jc.prune.straight_through(params, each, SPARSITY)
     return {
         "ours, prune": Method(optax.chain(_adam(), link())),
         "ours, sparsify": Method(jc.prune.sparsify(_adam(), *gradual)),
         "ours, prune, global": Method(optax.chain(_adam(), link(distribution=jc.prune.global_()))),
-        "ours, RigL": Method(jc.prune.rigl(_adam(), each, SPARSITY, **moving)),
-        "ours, SET": Method(jc.prune.set_(_adam(), each, SPARSITY, **moving)),
+        "ours, RigL": Method(jc.prune.rigl(_adam(), each, SPARSITY, **exchange)),
+        "ours, SET": Method(jc.prune.set_(_adam(), each, SPARSITY, **exchange)),
         "ours, straight-through": Method(_adam(), before=hidden),
     }
 
 
 def _peers(end: int, every: int) -> dict[str, Method]:
-    """The same with jaxpruner: sparsities of leaves, ramp, fractions and intervals as ours.
-
-    Its RigL and SET skip the optimizer's step where connections are exchanged, as it has it.
-    """
+    """The same with jaxpruner: sparsities of leaves, ramp, fractions and intervals as ours."""
     package = jaxpruner()
     if package is None:
         return {}
-    uniform, erk = (
-        dict(sparsity_distribution_fn=functools.partial(share, sparsity=SPARSITY))
-        for share in (package.sparsity_distributions.uniform, package.sparsity_distributions.erk)
-    )
+    share = functools.partial(package.sparsity_distributions.uniform, sparsity=SPARSITY)
+    uniform = dict(sparsity_distribution_fn=share)
     ramp = package.PolynomialSchedule(update_freq=1, update_start_step=0, update_end_step=end)
-    some = package.PeriodicSchedule(update_freq=every, update_start_step=every, update_end_step=end)
-    falling = optax.cosine_decay_schedule(FRACTION, end)
+    exchange = dict(every=every, end=end, fraction=FRACTION)
     updaters = {
         "magnitude": package.MagnitudePruning(scheduler=ramp, **uniform),
         # Without its normalisation, for ours has none.
         "global magnitude": package.GlobalMagnitudePruning(
             scheduler=ramp, sparsity=SPARSITY, use_normalization=False
         ),
-        "RigL": package.RigL(scheduler=some, drop_fraction_fn=falling, **erk),
-        "SET": package.SET(scheduler=some, drop_fraction_fn=lambda step: FRACTION, **erk),
+        "RigL": moving("RigL", SPARSITY, **exchange),
+        "SET": moving("SET", SPARSITY, **exchange),
         "straight-through": package.SteMagnitudePruning(**uniform),
     }
     return {

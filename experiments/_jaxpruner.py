@@ -5,6 +5,7 @@ that name is restored with the meaning it had. Nothing else of the peer is chang
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -12,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
-__all__ = ["about", "jaxpruner", "old_tree_map"]
+__all__ = ["about", "jaxpruner", "moving", "old_tree_map"]
 
 MISSING = "not installed: pip install git+https://github.com/google-research/jaxpruner"
 
@@ -25,6 +27,26 @@ def jaxpruner() -> Any:
     if not hasattr(jax, "tree_map"):
         setattr(jax, "tree_map", old_tree_map)  # noqa: B010, the name is not JAX's any more
     return importlib.import_module("jaxpruner")
+
+
+def moving(
+    name: str, sparsity: float, *, every: int, end: int, fraction: float, **options: Any
+) -> Any:
+    """Its "RigL" or "SET", where it is installed, with the settings that ours take.
+
+    Both skip the optimizer's step where connections are exchanged, as it has it.
+    """
+    package = jaxpruner()
+    share = package.sparsity_distributions.erk
+    falling = optax.cosine_decay_schedule(fraction, end)
+    return getattr(package, name)(
+        scheduler=package.PeriodicSchedule(
+            update_freq=every, update_start_step=every, update_end_step=end
+        ),
+        drop_fraction_fn=falling if name == "RigL" else lambda step: fraction,
+        sparsity_distribution_fn=functools.partial(share, sparsity=sparsity),
+        **options,
+    )
 
 
 def about() -> dict[str, str]:

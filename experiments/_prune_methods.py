@@ -1,6 +1,5 @@
 """The ways to prune that prune_fashion.py compares, each a few lines of the library."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxcompress as jc
-from _jaxpruner import jaxpruner
+from _jaxpruner import moving
 
 EVERY, FRACTION = 100, 0.3  # updates from one exchange of connections to the next, and its share
 UNSTRUCTURED = jc.prune.unstructured()
@@ -79,23 +78,12 @@ def _moving(make: Callable[..., Any]) -> Method:
     return Method(optimizer)
 
 
-def _moving_by_peer(name: str, falls: bool) -> Method:
+def _moving_by_peer(name: str) -> Method:
     """The same of jaxpruner, another implementation: its class of this `name`."""
 
     def optimizer(inner: Any, sparsity: float, steps: int, masks: Any, key: Any) -> Any:
-        package, end = jaxpruner(), 3 * steps // 4
-        updater = getattr(package, name)(
-            scheduler=package.PeriodicSchedule(
-                update_freq=EVERY, update_start_step=EVERY, update_end_step=end
-            ),
-            drop_fraction_fn=optax.cosine_decay_schedule(FRACTION, end)
-            if falls
-            else lambda step: FRACTION,
-            sparsity_distribution_fn=functools.partial(
-                package.sparsity_distributions.erk, sparsity=sparsity
-            ),
-            rng_seed=key,
-        )
+        options: dict[str, Any] = dict(every=EVERY, fraction=FRACTION, end=3 * steps // 4)
+        updater = moving(name, sparsity, rng_seed=key, **options)
         tx = updater.wrap_optax(inner)
 
         def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
@@ -144,8 +132,8 @@ METHODS = {
     "random": _at_start(_random, jc.prune.erk()),
 }
 PEERS = {
-    "rigl, jaxpruner": _moving_by_peer("RigL", falls=True),
-    "set, jaxpruner": _moving_by_peer("SET", falls=False),
+    "rigl, jaxpruner": _moving_by_peer("RigL"),
+    "set, jaxpruner": _moving_by_peer("SET"),
 }
 DENSE = Method(lambda inner, sparsity, steps, masks, key: inner)
 SR_STE = Method(
