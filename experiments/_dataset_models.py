@@ -24,6 +24,20 @@ def _dense(key: jax.Array, a: int, b: int) -> dict[str, jax.Array]:
     return {"kernel": jax.random.normal(key, (a, b)) / a**0.5, "bias": jnp.zeros(b)}
 
 
+def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """Of each image and channel; sums and squares in one pass over memory, its main cost."""
+    mean = jnp.mean(x, (1, 2), keepdims=True)
+    variance = jnp.mean(x * x, (1, 2), keepdims=True) - mean**2
+    scale = jax.lax.rsqrt(variance + 1e-5) * scale
+    return x * scale + (bias - mean * scale)
+
+
+def _pool(x: jax.Array) -> jax.Array:
+    """Means of 2x2; sums of strided slices, as a reshaped mean is half as fast."""
+    h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    return sum(x[:, i:h:2, j:w:2] for i in (0, 1) for j in (0, 1)) / 4
+
+
 def convnet(width: int, depth: int = 3) -> Network:
     """Blocks of a 3x3 convolution, instance norm, ReLU and 2x2 average pooling."""
     side = 28 // 2**depth
@@ -46,11 +60,7 @@ def convnet(width: int, depth: int = 3) -> Network:
             x = jax.lax.conv_general_dilated(
                 x, block["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            mean, variance = jnp.mean(x, (1, 2), keepdims=True), jnp.var(x, (1, 2), keepdims=True)
-            x = (x - mean) * jax.lax.rsqrt(variance + 1e-5) * block["scale"] + block["bias"]
-            x = jax.nn.relu(x)
-            x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-            x = x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).mean((2, 4))
+            x = _pool(jax.nn.relu(_norm(x, block["scale"], block["bias"])))
         return x.reshape(len(x), -1)
 
     return _head(init, features)
