@@ -199,6 +199,10 @@ def test_interleaved_runs_each_in_turn():
     assert {name: len(t) for name, t in times.items()} == {"a": 6, "b": 6}
     calls.clear()
     assert len(harness.interleaved(runs, repeats=50, budget=0)["a"]) == 5
+    calls.clear()
+    times = harness.interleaved(runs, repeats=5, in_a_row=2)
+    assert "".join(calls) == "ab" + 5 * "aaabbb"  # the first of three does not count
+    assert len(times["b"]) == 10
 
 
 def test_markers_hold_one_block_each():
