@@ -159,6 +159,7 @@ class Block {
   }
 
   Group group_of(size_t group, size_t row) {
+    if (row == 0 && p_.groups() > 2) read_ahead(group + 2);
     Group g = {sums_ + row * p_.groups() + group, p_.groups(), 1u << (p_.bits - 1), nullptr,
                scales_of(group), group > 0, scaled_ + row * kColumns, kColumns};
     if (direct()) {
@@ -167,6 +168,18 @@ class Block {
       g.out_pitch = p_.n;
     }
     return g;
+  }
+
+  // The scales of a group, or of the next columns after the last: each lies in a page of its own,
+  // which nothing else reads ahead.
+  void read_ahead(size_t group) const {
+    const bool here = group < p_.groups();
+    const size_t column = column_ + (here ? 0 : kColumns);
+    if (column + kColumns > p_.n) return;
+    const size_t row = batch_ * p_.groups() + group - (here ? 0 : p_.groups());
+    for (size_t c = 0; c < kColumns; c += kPanel) {
+      __builtin_prefetch(out_.scales.scale + row * p_.n + column + c);
+    }
   }
 
   float* result() const {
