@@ -137,7 +137,7 @@ def nm_matmul(
         x, values, indices = x.reshape(1, math.prod(lead) * rows, k), values[None], indices[None]
         scale = None if scale is None else scale[None]
     else:
-        flat = lambda a: a.reshape(-1, *a.shape[-2:])
+        flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
         if scale is not None:
             scale = flat(jnp.broadcast_to(scale, (*values.shape[:-2], *scale.shape[-2:])))
         x, values, indices = map(flat, (x, values, indices))

@@ -105,7 +105,8 @@ def scaled_matmul(
         x, x_scale = x.reshape(1, rows, k), x_scale.reshape(1, rows, groups)
         w, w_scale = w[None], w_scale[None]
     else:
-        x, w, x_scale, w_scale = (a.reshape(-1, *a.shape[-2:]) for a in (x, w, x_scale, w_scale))
+        flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
+        x, w, x_scale, w_scale = map(flat, (x, w, x_scale, w_scale))
     w_scale = jnp.broadcast_to(w_scale, (*w_scale.shape[:1], groups, n))
     static = _Static(
         w.dtype.name,
