@@ -34,7 +34,7 @@ from jaxcompress.ops._quantized_matmul import (
 from jaxcompress.ops._scaled_matmul import scaled_matmul
 from jaxcompress.ops._w4a8_matmul import w4a8_matmul
 
-__all__ = ["linear", "plan"]
+__all__ = ["Linear", "encode_activations", "int_linear", "linear", "over_rows", "plan"]
 
 Weight = QuantizedArray | PrepackedArray
 
@@ -55,7 +55,7 @@ def linear(
     """
     panels = w.n if isinstance(w, PrepackedArray) else None
     group = _group_size(w, transpose_w)
-    static = _Static(w.act, group, transpose_w, _bits(w), panels, activation)
+    static = Linear(w.act, group, transpose_w, _bits(w), panels, activation)
     offset = None if isinstance(w, PrepackedArray) else w.act_offset
     scales = (w.scale, w.zero_point, w.act_scale, offset)
     if isinstance(w, PrepackedArray) or isinstance(w.qtype, IntType):
@@ -70,7 +70,7 @@ def linear(
         out = _simulate(static, x, values, *scales)
         return finish(out, bias, activation, residual).astype(dtype)
     if w.act is not None:
-        return _int_linear(static, x, values, *scales, bias, residual).astype(dtype)
+        return int_linear(static, x, values, *scales, bias, residual).astype(dtype)
     return multiply_stored(
         x,
         values,
@@ -116,7 +116,7 @@ def plan(
         op, table = "int8_matmul", _int8_matmul.table()
         if _is_w4a8(_bits(w), w.values, transpose_w):
             op, table = "w4a8_matmul", _w4a8_matmul.table()
-        native, _ = _table(_Static(w.act, group, transpose_w, _bits(w)))
+        native, _ = _table(Linear(w.act, group, transpose_w, _bits(w)))
         if native.refuses(problem, platform) is None:
             table = (native,)
     choice = explained(table, problem, platform)
@@ -163,7 +163,7 @@ def _float8(w: Weight) -> tuple[str, str] | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Linear:
     act: Activation | None
     group_size: int | None
     transpose_w: bool
@@ -226,9 +226,9 @@ def _clipped(
     return reals, *jax.lax.stop_gradient((scale, offset))
 
 
-def _rows(
+def over_rows(
     product: Callable[[jax.Array, jax.Array | None], jax.Array],
-    static: _Static,
+    static: Linear,
     x: jax.Array,
     act_scale: jax.Array | None,
     act_offset: jax.Array | None,
@@ -263,13 +263,13 @@ def _simulate(static, x, codes, scale, zero, act_scale, act_offset):
 
     plain = functools.partial(product, float_dot)
     if static.act.grad_bits is None:
-        return _rows(plain, static, x, act_scale, act_offset)
+        return over_rows(plain, static, x, act_scale, act_offset)
     # The gradient of the row of ones is a sum over all rows: it would set the scale of each
     # column, and stays in floats.
     rounded = functools.partial(
         product, functools.partial(quantized_gradient_dot, static.act.grad_bits)
     )
-    return _rows(rounded, static, x, act_scale, act_offset, plain)
+    return over_rows(rounded, static, x, act_scale, act_offset, plain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -283,7 +283,7 @@ def _float8_linear(static, kinds, x, values, scale, zero, act_scale, act_offset)
         w_scale=columns,
         transpose_w=static.transpose_w,
     )
-    return _rows(product, static, x, act_scale, act_offset)
+    return over_rows(product, static, x, act_scale, act_offset)
 
 
 def _float8_forward(static, kinds, *args):
@@ -305,7 +305,7 @@ _float8_linear.defvjp(_float8_forward, _float8_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _int_linear(static, x, values, scale, zero, act_scale, act_offset, bias, residual):
+def int_linear(static, x, values, scale, zero, act_scale, act_offset, bias, residual):
     k = x.shape[-1]
     check_sums(min(k, static.group_size or k), zero is not None)
     problem = Problem(
@@ -320,7 +320,7 @@ def _int_linear(static, x, values, scale, zero, act_scale, act_offset, bias, res
     return dispatch(_table(static), problem, None, *operands)
 
 
-def _table(static: _Static) -> tuple[Implementation, ...]:
+def _table(static: Linear) -> tuple[Implementation, ...]:
     """Rows quantized and multiplied in one native call, else in two steps."""
 
     def refuses(problem: Problem, platform: str) -> str | None:
@@ -360,7 +360,7 @@ def _in_steps(
             transpose_w=static.transpose_w,
             **options,
         )
-    out = _rows(product, static, x, act_scale, act_offset)
+    out = over_rows(product, static, x, act_scale, act_offset)
     return finish(out, bias, static.activation, residual)
 
 
@@ -414,7 +414,7 @@ def _cpu_by_xla(static, *has):
 
 
 def _int_forward(static, *args):
-    return _int_linear(static, *args), args
+    return int_linear(static, *args), args
 
 
 def _int_backward(static, residuals, g):
@@ -432,4 +432,4 @@ def _int_backward(static, residuals, g):
     return dx, None, dscale, None, *others
 
 
-_int_linear.defvjp(_int_forward, _int_backward)
+int_linear.defvjp(_int_forward, _int_backward)
