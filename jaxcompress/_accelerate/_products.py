@@ -21,8 +21,9 @@ from jaxcompress.arrays._reshape import reshape
 from jaxcompress.arrays._uses import listener
 from jaxcompress.arrays._views import groups, transpose
 from jaxcompress.ops import _sparse_matmul
+from jaxcompress.ops._activations import encode_activations
 from jaxcompress.ops._gradients import quantized_gradient_convolution
-from jaxcompress.ops._linear import Weight, encode_activations, linear, plan
+from jaxcompress.ops._linear import Weight, linear, plan
 
 __all__ = ["convolution", "dot_general", "note_product", "prepacked", "ragged_dot", "shaped"]
 
