@@ -70,7 +70,8 @@ def int8_matmul(
       dtype: of the scaled result.
       implementation: "cpu" (the native kernels: all but `out_scale` inside), "xla" (uint8 x
         int8 on the CPU), "pallas_tpu" or "triton" (all of the formula in the kernel, no
-        groups), "reference", or None for the first that serves the shape on the platform.
+        groups), "pallas_gpu" (the same on sm_90 and 100, compiled and never run), "reference",
+        or None for the first that serves the shape on the platform.
 
     Returns:
       `[..., m, n]`: exact int32 with neither scales, bias nor activation, of `dtype` with any,
@@ -337,6 +338,12 @@ def _triton(static, *operands):
     return _fused(static, kernel.int8_matmul, chip("cuda") or chip("rocm"), True, *operands)
 
 
+def _pallas_gpu(static, *operands):
+    from jaxcompress.kernels.int8_matmul import pallas_gpu as kernel
+
+    return _fused(static, kernel.int8_matmul, chip("cuda"), True, *operands)
+
+
 def _fused(static, kernel, chip, is_cut, x, w, x_scale, w_scale, zero, bias, out_scale):
     """Leading dimensions as one, scales spread over rows and columns, as kernels take them."""
     *lead, m, k = x.shape
@@ -374,9 +381,9 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
 
     fused = "int8 x int8 -> int32, all that follows in the kernel"
     native = "native uint8 x int8 -> int32, all that follows inside"
-    tpu_blocks, gpu_blocks = (
+    tpu_blocks, gpu_blocks, mosaic_blocks = (
         blocks_of("int8_matmul", backend, lambda p: (p.m, p.n, p.k))
-        for backend in ("pallas_tpu", "triton")
+        for backend in ("pallas_tpu", "triton", "pallas_gpu")
     )
     refuses_tpu = lambda problem, platform: no_pallas_tpu(platform) or _has_groups(problem)
     refuses_gpu = lambda problem, platform: no_triton(platform) or _has_groups(problem)
@@ -385,6 +392,14 @@ def _table(static: _Static | None) -> tuple[Implementation, ...]:
         Implementation("xla", "uint8 x int8 -> int32 by XLA", bound(_xla), _xla_refuses),
         Implementation("pallas_tpu", fused, bound(_pallas_tpu), refuses_tpu, _defers, tpu_blocks),
         Implementation("triton", fused, bound(_triton), refuses_gpu, _defers, gpu_blocks),
+        Implementation(
+            "pallas_gpu",
+            fused,
+            bound(_pallas_gpu),
+            _mosaic_refuses,
+            lambda problem, platform: "no device has run it",
+            mosaic_blocks,
+        ),
         Implementation("reference", "int8 x int8 -> int32 by lax.dot_general", bound(_reference)),
     )
 
@@ -393,6 +408,15 @@ def _xla_refuses(problem: Problem, platform: str) -> str | None:
     if platform != "cpu":
         return f"it is for the CPU, and {platform} multiplies int8 by itself"
     return None
+
+
+def _mosaic_refuses(problem: Problem, platform: str) -> str | None:
+    here = chip("cuda") if platform == "cuda" else None
+    if here not in ("9.0", "10.0"):
+        return f"it is for NVIDIA's 9.0 and 10.0; {here or 'no such chip'} is at hand"
+    if jax.__version_info__[:2] != (0, 10):
+        return f"it is compiled with jax 0.10 in the checks, not with {jax.__version__}"
+    return _has_groups(problem)
 
 
 def _has_groups(problem: Problem) -> str | None:

@@ -90,12 +90,14 @@ def kernel_module(op: str, backend: str) -> Any:
 
 
 def _in_words(cut: Any) -> str:
-    """Rows, columns, and what is summed; and of Triton how many work on a tile."""
+    """Rows, columns, and what is summed; and on GPUs how many work on a tile, or lie ahead."""
     if isinstance(cut, int):
         return f"blocks of {cut} rows"
     size = " x ".join(map(str, cut[:3]))
     if len(cut) == 3:
         return f"blocks of {size}"
+    if len(cut) == 4:
+        return f"tiles of {size}, {cut.slots} slots"
     return f"tiles of {size}, {cut.num_warps} warps, {cut.num_stages} stages"
 
 

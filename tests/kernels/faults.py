@@ -1,4 +1,4 @@
-"""Breaks the kernels in five ways and sees their suites fail.
+"""Breaks the kernels in six ways and sees their suites fail.
 
 python tests/kernels/faults.py: each fault is put into a copy of the repository, and the
 tests that it names have to fail there, and pass without it.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent.parent
 TPU = ["tests/kernels/test_pallas_tpu.py", "-k"]
 GPU = ["tests/kernels/check_triton.py", "-k"]
+HOPPER = ["tests/kernels/check_pallas_gpu.py", "-k"]
 
 
 class Fault(NamedTuple):
@@ -63,6 +64,13 @@ FAULTS = [
         "return tl.where(ordered, a, b), tl.where(ordered, b, a)",
         "return a, b",
         [*GPU, "sparse_instruction and shape1-int8"],
+    ),
+    Fault(
+        "a slot that is filled again before it is free",
+        "int8_matmul pallas_gpu",
+        "plgpu.barrier_wait(empty.at[slot])",
+        "pass",
+        [*HOPPER, "largest_products and 127-127"],
     ),
 ]
 

@@ -24,9 +24,15 @@ STEPS = {
         {"TRITON_INTERPRET": "1", "KERNEL_EXAMPLES": "30"},
     ),
     "compiled for GPUs": ([str(HERE / "triton_compile.py")], {}),
+    "whole programs compiled for GPUs": ([str(HERE / "xla_gpu_compile.py")], {}),
     "run in Pallas' interpreter": (
         [*PYTEST, str(HERE / "test_pallas_tpu.py")],
         {"KERNEL_EXAMPLES": "12"},
+    ),
+    "compiled by Mosaic for Hopper": ([str(HERE / "mosaic_compile.py")], {}),
+    "run in Pallas' interpreter for GPUs": (
+        [*PYTEST, str(HERE / "check_pallas_gpu.py")],
+        {"KERNEL_EXAMPLES": "6"},
     ),
     "beside JAX's own kernel": ([str(HERE / "tpu_peers.py")], {}),
     "planted faults": ([str(HERE / "faults.py")], {}),
@@ -52,7 +58,8 @@ def run(step):
 
 
 def main():
-    missing = [p for p in ("jax_triton", "libtpu", "triton") if not importlib.util.find_spec(p)]
+    needed = ("jax_cuda13_plugin", "jax_triton", "libtpu", "triton")
+    missing = [p for p in needed if not importlib.util.find_spec(p)]
     if missing:
         sys.exit(f"the kernel checks need {', '.join(missing)}: make test-kernels installs them")
     total = failed = 0

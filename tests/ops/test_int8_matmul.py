@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import jaxcompress as jc
 from checks import assert_sums
+from jaxcompress.ops import _int8_matmul
+from jaxcompress.ops._choice import Problem
 
 int8_matmul = jc.ops.int8_matmul
 MAX_K = 131_071
@@ -184,7 +186,8 @@ SCALE = np.ones((1, 4), np.float32)
         (TypeError, "w_zero_point is float32", (X, W), dict(w_scale=SCALE, w_zero_point=SCALE)),
         (
             ValueError,
-            "no implementation 'fast' of this op; there are 'cpu', 'xla', 'pallas_tpu', 'triton'",
+            "no implementation 'fast' of this op; there are 'cpu', 'xla', 'pallas_tpu', 'triton', "
+            "'pallas_gpu'",
             (X, W),
             dict(implementation="fast"),
         ),
@@ -193,6 +196,29 @@ SCALE = np.ones((1, 4), np.float32)
 def test_what_it_cannot_do_is_said(error, message, args, options):
     with pytest.raises(error, match=message):
         int8_matmul(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("chip", "version", "group", "reason"),
+    [
+        ("9.0", (0, 10, 2), None, None),
+        ("10.0", (0, 10, 2), None, None),
+        ("12.0", (0, 10, 2), None, "for NVIDIA's 9.0 and 10.0; 12.0 is at hand"),
+        (None, (0, 10, 2), None, "no such chip is at hand"),
+        ("9.0", (0, 12, 0), None, "compiled with jax 0.10 in the checks"),
+        ("9.0", (0, 10, 2), 64, "not groups of 64"),
+    ],
+)
+def test_mosaic_is_taken_by_name_alone(chip, version, group, reason, monkeypatch):
+    monkeypatch.setattr(_int8_matmul, "chip", lambda platform: chip)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    [mosaic] = [i for i in _int8_matmul.table() if i.name == "pallas_gpu"]
+    problem = Problem(m=16, k=1024, n=1024, group_size=group)
+    said = mosaic.refuses(problem, "cuda")
+    assert said is None if reason is None else reason in said
+    assert mosaic.defers(problem, "cuda") == "no device has run it"
+    assert "for NVIDIA's" in mosaic.refuses(problem, "tpu")
+    assert mosaic.blocks(problem, "cuda").startswith("tiles of 64 x 256 x 128, 3 slots")
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
