@@ -3,7 +3,8 @@
 Each is `loss(student, teacher, labels, extra, state) -> (one an example, state)`, where
 student and teacher are what `Seen` holds. The weights are those of the papers where they
 give one for classes of about ten, and were not tuned here: the table compares losses as
-somebody would first try them.
+somebody would first try them. The temperature was chosen once for all: of 1, 2, 3 and 4 the
+best for `kl` on the validation images (two seeds).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import optax
 import jaxcompress as jc
 
 d = jc.distill
-T = 4.0
+T = 2.0
 
 
 class Seen(NamedTuple):
@@ -57,6 +58,14 @@ def _features(weight: float, fn: Callable[..., jax.Array], params: Any = None) -
         return hard(student.logits, labels) + weight * taught, state
 
     return Method(loss, params) if params else Method(loss)
+
+
+def _kl_and_similarities(student, teacher, labels, params, state, batch):
+    """Losses add up: half labels, half `kl`, and how the batch's features lie together."""
+    logits = 0.5 * hard(student.logits, labels) + 0.5 * d.kl(
+        student.logits, teacher.logits, temperature=T
+    )
+    return logits + 3000.0 * d.similarity_preserving(student.features, teacher.features), state
 
 
 def _crd() -> Method:
@@ -103,6 +112,7 @@ METHODS: dict[str, Method] = {
     "similarity_preserving": _features(
         3000.0, lambda s, t, p: d.similarity_preserving(s.features, t.features)
     ),
+    "kl and similarities": Method(_kl_and_similarities),
     "rkd_distance": _features(
         25.0, lambda s, t, p: jnp.mean(d.rkd_distance(_some(s.features), _some(t.features)))
     ),

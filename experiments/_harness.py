@@ -180,12 +180,15 @@ def interleaved(
     repeats: int,
     budget: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
+    in_a_row: int = 1,
 ) -> dict[str, list[float]]:
     """Milliseconds of each run, taken in turns so that a noisy machine is noisy for all.
 
     Each is run once before, to compile; then `repeats` rounds, or fewer once `budget`
     seconds are spent (five at least). `time.process_time` for a clock counts the time of
-    all cores together, to which what else the machine does adds little.
+    all cores together, to which what else the machine does adds little. With several
+    `in_a_row`, a turn is so many runs and one more before them that does not count: it
+    wakes this one's threads, and sees out those of the one before, which may still spin.
     """
     import jax
 
@@ -197,7 +200,10 @@ def interleaved(
         if i >= 5 and time.perf_counter() - start > budget:
             break
         for name, run in runs.items():
-            begin = clock()
-            jax.block_until_ready(run())
-            times[name].append((clock() - begin) * 1e3)
+            if in_a_row > 1:
+                jax.block_until_ready(run())
+            for _ in range(in_a_row):
+                begin = clock()
+                jax.block_until_ready(run())
+                times[name].append((clock() - begin) * 1e3)
     return times

@@ -95,7 +95,30 @@ def cpu_block(record: dict) -> str:
             cells = (f"{row['ratio_of_minima']:.2f}" if row else "" for row in found)
             lines += [f"| {name} | {' | '.join(cells)} |"]
     picture = "![times XLA f32, by work](../experiments/results/bench_cpu.png)"
-    return "\n".join([*lines, "", picture, ""])
+    return "\n".join([*lines, *shares(record, works), "", picture, ""])
+
+
+def shares(record: dict, works: dict[str, dict[str, dict]]) -> list[str]:
+    """What part of the machine each uses, if that was measured."""
+    most = record["peak"]
+    if not most:
+        return []
+    known = lambda rows: any("of_peak" in row for row in rows.values())
+    here = {work: rows for work, rows in works.items() if known(rows)}
+    names = dict.fromkeys(n for rows in here.values() for n, r in rows.items() if "of_peak" in r)
+    lines = [
+        "",
+        "The same as shares of what the cores do at most, measured in the same run: "
+        f"{most['int8_gops']:.0f} GOP/s in int8, {most['float32_gflops']:.0f} GFLOP/s in float32; "
+        f"with one row, of {most['read_gb_s']:.0f} GB/s from memory.",
+        "",
+        "| | " + " | ".join(here) + " |",
+        "| --- |" + " ---: |" * len(here),
+    ]
+    for name in names:
+        cells = (f"{rows[name]['of_peak']:.0%}" if name in rows else "" for rows in here.values())
+        lines += [f"| {name} | {' | '.join(cells)} |"]
+    return lines
 
 
 def containers_block(record: dict) -> str:

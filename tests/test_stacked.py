@@ -57,8 +57,9 @@ def test_a_tied_table(spec):
     np.testing.assert_allclose(got, table[tokens] @ table.T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", [*SPECS.values(), jc.quantize.int8(axis=(0, -2))])
 def test_experts(spec):
+    """The last has one row of scales for all experts."""
     params, x = {"experts": jnp.asarray(random(3, 9, 5))}, random(3, 4, 9)
     params = jc.quantize.quantize(params, {"experts": spec})
     got, rows = run(experts, params, x)

@@ -11,9 +11,9 @@ from jaxcompress._accelerate._products import shaped
 from jaxcompress.arrays import BlockSparseArray
 from jaxcompress.arrays._uses import listener
 from jaxcompress.ops import _block_linear
+from jaxcompress.ops._activations import encode_activations
 from jaxcompress.ops._block_sparse import multiply_blocks, plan
 from jaxcompress.ops._choice import Choice
-from jaxcompress.ops._linear import encode_activations
 
 __all__ = ["block_sparse"]
 

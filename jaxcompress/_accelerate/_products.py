@@ -15,16 +15,17 @@ from jax.extend.core import Primitive
 
 from jaxcompress._accelerate._fuse import fusible
 from jaxcompress._quax import ragged_dot_general_p
-from jaxcompress.arrays import PrepackedArray, PrepackedSparseArray, QuantizedArray
+from jaxcompress.arrays import NMSparseArray, PrepackedArray, PrepackedSparseArray, QuantizedArray
 from jaxcompress.arrays._quantized import replace
 from jaxcompress.arrays._reshape import reshape
 from jaxcompress.arrays._uses import listener
 from jaxcompress.arrays._views import groups, transpose
 from jaxcompress.ops import _sparse_matmul
+from jaxcompress.ops._activations import encode_activations
 from jaxcompress.ops._gradients import quantized_gradient_convolution
-from jaxcompress.ops._linear import Weight, encode_activations, linear, plan
+from jaxcompress.ops._linear import Weight, linear, plan
 
-__all__ = ["convolution", "dot_general", "prepacked", "ragged_dot", "shaped"]
+__all__ = ["convolution", "dot_general", "note_product", "prepacked", "ragged_dot", "shaped"]
 
 Result = jax.Array | str
 
@@ -66,7 +67,7 @@ def dot_general(
     flat = reshape(turned, [*one_batch, *((n, k) if transpose_w else (k, n))])
     if flat is None:
         return "its scales do not follow the axes that the product merges"
-    _note_product(stored, flat, transpose_w, lax.dot_general_p, m, k, n, x.dtype.name)
+    note_product(stored, flat, transpose_w, lax.dot_general_p, m, k, n, x.dtype.name)
     rows = lax.transpose(x, [*x_batch, *x_free, *x_contract]).reshape(*one_batch, m, k)
     multiply = lambda rows, flat, *then: linear(rows, flat, transpose_w, dtype, *then)
     free = [x.shape[d] for d in x_free], [w.shape[d] for d in w_free]
@@ -125,7 +126,7 @@ def prepacked(
         _note_sparse(w, m, x.dtype.name)
         multiply = lambda rows, flat, *then: _sparse_matmul.sparse_linear(rows, flat, dtype, *then)
     else:
-        _note_product(w, w, w.transpose_w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
+        note_product(w, w, w.transpose_w, lax.dot_general_p, m, w.k, w.n, x.dtype.name)
         turned = w.transpose_w  # not `w` itself, which is of a trace that ends
         multiply = lambda rows, flat, *then: linear(rows, flat, turned, dtype, *then)
     out = shaped(multiply, (rows, flat), batch, [x.shape[d] for d in x_free], free)
@@ -151,7 +152,7 @@ def ragged_dot(
         return "groups or zero points in a ragged product"
     m, (_, k, n) = x.shape[0], w.shape
     as_floats = f"{w.qtype.name} as floats"
-    _note_product(w, w, False, ragged_dot_general_p, m, k, n, x.dtype.name, as_floats)
+    note_product(w, w, False, ragged_dot_general_p, m, k, n, x.dtype.name, as_floats)
     x_scale = None
     if w.act is not None:
         x, x_scale = _centred(x, w)
@@ -205,9 +206,9 @@ def _centred(x: jax.Array, w: QuantizedArray) -> tuple[jax.Array, jax.Array]:
     return (codes if offset is None else codes + offset / scale), scale
 
 
-def _note_product(
-    w: Weight,
-    flat: Weight,
+def note_product(
+    w: Weight | NMSparseArray,
+    flat: Any,
     transpose_w: bool,
     primitive: Primitive,
     m: int,
@@ -216,6 +217,7 @@ def _note_product(
     dtype: str,
     instead: str | None = None,
 ) -> None:
+    """What `explain` says of `w`, whose matrices are `flat`."""
     here = listener()
     if here is None:
         return

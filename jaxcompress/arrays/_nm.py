@@ -29,9 +29,9 @@ class NMSparseArray(SparseArray):
     - `scale`, `act_scale`, `act_offset` are those of the `QuantizedArray` of the codes.
     - Leading axes (layers, experts) are axes of every leaf, so slices are valid arrays.
 
-    In `jaxcompress.accelerate` a product of float activations over `along` is that of
-    `jaxcompress.ops.nm_matmul`; for anything else the zeros are put back, in integers where
-    the values are quantized.
+    In `jaxcompress.accelerate` a product over `along` is that of `jaxcompress.ops.nm_matmul`,
+    where that has a kernel, if activations are quantized too; for anything else the zeros
+    are put back, in integers where the values are quantized.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> w = jnp.arange(1.0, 257.0).reshape(64, 4)
@@ -80,7 +80,7 @@ class NMSparseArray(SparseArray):
         return {**super().planes(), "indices": (index_bits(self.m), self.along)}
 
     def lowered(self) -> QuantizedArray | jax.Array:
-        why = f"zeros are put back: only a plain product with floats is one of {self.n}:{self.m}"
+        why = f"zeros are put back: only a plain product is one of {self.n}:{self.m}"
         self.note("expand", "nm", "reference", why)
         return self.expanded()
 

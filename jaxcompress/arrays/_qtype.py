@@ -71,7 +71,8 @@ class Activation:
     of each index of the axes that are not contracted, or of the whole tensor with
     `per_token=False`. Static: one scale for the tensor, fixed by calibration and kept
     in the array's `act_scale`. With an asymmetric `qtype` the range of the activations is
-    fitted, `x ~ codes * scale + offset`, and a static offset is kept in `act_offset`.
+    fitted, `x ~ codes * scale + offset`, and a static offset is kept in `act_offset`. With a
+    `FloatType` whose scales are "e8m0", every 32 neighbours of a token share a dynamic one.
 
     In training, gradients that come back are rounded stochastically to `grad_bits`, 2 to
     8, and multiplied as integers; and with `clip_gradient` the gradient to a static range
@@ -95,6 +96,12 @@ class Activation:
             raise ValueError(
                 "gradients take 2 to 8 bits, with integer activations; got "
                 f"grad_bits={self.grad_bits} and {self.qtype.name}"
+            )
+        scales = getattr(self.qtype, "scales", "float32")
+        if scales == "e4m3" or (scales == "e8m0" and (self.static or not self.per_token)):
+            raise ValueError(
+                "activations have scales in float32, or dynamic powers of two (e8m0) for 32 of a "
+                f"token; got {self.qtype.name}, static={self.static}, per_token={self.per_token}"
             )
         if self.static and self.per_token:
             raise ValueError(

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxcompress.arrays._block import BlockSparseArray
 from jaxcompress.arrays._panels import from_panels
 from jaxcompress.arrays._qtype import Activation
+from jaxcompress.ops._activations import encode_activations
 from jaxcompress.ops._block_sparse import block_sparse_matmul
 from jaxcompress.ops._block_sparse import plan as plan_floats
 from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
 from jaxcompress.ops._cpu import cpu_refuses, needs_packing
 from jaxcompress.ops._epilogue import finish, in_places
-from jaxcompress.ops._linear import encode_activations
 
 __all__ = ["block_linear", "fits_panels", "plan"]
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxcompress.ops._refusal import refused
+
 __all__ = ["PLATFORMS", "Choice", "Implementation", "Problem", "choose", "dispatch", "explained"]
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -102,7 +104,11 @@ def dispatch(
     implementation: str | None,
     *args: jax.Array,
 ) -> Any:
-    """Runs the choice of whichever platform the program is compiled for."""
+    """Runs the choice of whichever platform the program is compiled for.
+
+    A named implementation raises its reason only where the program is compiled for a platform
+    that it refuses.
+    """
     if implementation is not None:
         named = _named(table, implementation)
         reasons = {p: named.refuses(problem, p) for p in PLATFORMS}
@@ -112,8 +118,16 @@ def dispatch(
             raise ValueError(f"implementation {implementation!r} cannot run: {why}")
         if len(usable) == len(PLATFORMS):
             return named.run(*args)
-        # Lowering for any other platform raises, and names the platforms there are.
-        return jax.lax.platform_dependent(*args, **dict.fromkeys(usable, named.run))
+        serves = lambda p: choose(table, problem, p).implementation.name
+        refusing = {
+            p: f"implementation {implementation!r} cannot run on {p}, which the program is "
+            f"compiled for: {reason}; there {serves(p)!r} serves"
+            for p, reason in reasons.items()
+            if reason is not None
+        }
+        elsewhere = f"implementation {implementation!r} runs on {', '.join(usable)} only"
+        stop = refused(named.run, refusing, elsewhere)
+        return jax.lax.platform_dependent(*args, default=stop, **dict.fromkeys(usable, named.run))
     chosen = {p: choose(table, problem, p).implementation for p in PLATFORMS}
     reference = table[-1]
     special = {p: c.run for p, c in chosen.items() if c is not reference}

@@ -350,7 +350,7 @@ def _fused(static, kernel, chip, is_cut, x, w, x_scale, w_scale, zero, bias, out
     if k == 0:  # a kernel has no step in which to add a bias
         return _reference(static, x, w, x_scale, w_scale, zero, bias, out_scale)
     n = w.shape[-2] if static.transpose_w else w.shape[-1]
-    flat = lambda a: a.reshape(-1, *a.shape[-2:])
+    flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
     spread = lambda s, *shape: None if s is None else flat(jnp.broadcast_to(s, (*lead, *shape)))
     run = functools.partial(
         kernel,

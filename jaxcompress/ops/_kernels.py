@@ -154,9 +154,9 @@ def call_kernel(
                 for s, a, name in zip(spread, arrays, names)
             ]
             out = call_kernel(run, names, *rows, is_cut=is_cut, result=result)
-            out = out.reshape(size, 1, m, -1)
+            out = out.reshape(size, 1, m, out.shape[-1])
         else:
-            folded = (s.reshape(-1, *s.shape[2:]) for s in spread)
+            folded = (s.reshape(size * s.shape[1], *s.shape[2:]) for s in spread)
             out = call_kernel(run, names, *folded, is_cut=is_cut, result=result)
             out = out.reshape(size, b, *out.shape[1:])
         return out, True

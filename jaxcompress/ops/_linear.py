@@ -17,8 +17,8 @@ from jaxcompress.arrays._formats import FloatType
 from jaxcompress.arrays._prepacked import PrepackedArray
 from jaxcompress.arrays._qtype import Activation, IntType
 from jaxcompress.arrays._quantized import QuantizedArray
-from jaxcompress.arrays._rounding import encode, range_scale, scale_of
 from jaxcompress.ops import _int8_matmul, _quantized_matmul, _scaled_matmul, _w4a8_matmul
+from jaxcompress.ops._activations import BLOCK, encode_activations, encode_blocks, in_blocks
 from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
 from jaxcompress.ops._cpu import cpu_refuses, needs_packing
 from jaxcompress.ops._epilogue import finish, in_places
@@ -34,7 +34,7 @@ from jaxcompress.ops._quantized_matmul import (
 from jaxcompress.ops._scaled_matmul import scaled_matmul
 from jaxcompress.ops._w4a8_matmul import w4a8_matmul
 
-__all__ = ["linear", "plan"]
+__all__ = ["Linear", "int_linear", "linear", "over_rows", "plan"]
 
 Weight = QuantizedArray | PrepackedArray
 
@@ -55,7 +55,7 @@ def linear(
     """
     panels = w.n if isinstance(w, PrepackedArray) else None
     group = _group_size(w, transpose_w)
-    static = _Static(w.act, group, transpose_w, _bits(w), panels, activation)
+    static = Linear(w.act, group, transpose_w, _bits(w), panels, activation)
     offset = None if isinstance(w, PrepackedArray) else w.act_offset
     scales = (w.scale, w.zero_point, w.act_scale, offset)
     if isinstance(w, PrepackedArray) or isinstance(w.qtype, IntType):
@@ -70,7 +70,7 @@ def linear(
         out = _simulate(static, x, values, *scales)
         return finish(out, bias, activation, residual).astype(dtype)
     if w.act is not None:
-        return _int_linear(static, x, values, *scales, bias, residual).astype(dtype)
+        return int_linear(static, x, values, *scales, bias, residual).astype(dtype)
     return multiply_stored(
         x,
         values,
@@ -93,7 +93,8 @@ def plan(
     """The op that `linear` calls, and its implementation on `platform`."""
     floats, kinds = _floats(w), _float8(w)
     if kinds is not None:
-        return "scaled_matmul", _scaled_matmul.plan(m, k, n, *kinds, transpose_w, platform)
+        group = BLOCK if w.group_size else None
+        return "scaled_matmul", _scaled_matmul.plan(m, k, n, *kinds, group, transpose_w, platform)
     if floats is not None:
         how = Implementation("reference", floats[1], _simulate)
         return floats[0], Choice(how, how.does)
@@ -116,7 +117,7 @@ def plan(
         op, table = "int8_matmul", _int8_matmul.table()
         if _is_w4a8(_bits(w), w.values, transpose_w):
             op, table = "w4a8_matmul", _w4a8_matmul.table()
-        native, _ = _table(_Static(w.act, group, transpose_w, _bits(w)))
+        native, _ = _table(Linear(w.act, group, transpose_w, _bits(w)))
         if native.refuses(problem, platform) is None:
             table = (native,)
     choice = explained(table, problem, platform)
@@ -151,19 +152,22 @@ def _floats(w: Weight) -> tuple[str, str] | None:
 
 # Eight-bit floats that JAX has too: the codes of a weight are their bits.
 _FLOAT8 = {FloatType(4, 3, 448.0): "float8_e4m3fn", FloatType(5, 2, 57344.0): "float8_e5m2"}
+_MXFP8 = FloatType(4, 3, 448.0, scales="e8m0")
 
 
 def _float8(w: Weight) -> tuple[str, str] | None:
     """The dtypes of activations and weight where both are stored as eight-bit floats."""
     if w.act is None or w.values.dtype != jnp.int8:
         return None
+    if w.qtype == w.act.qtype == _MXFP8 and w.group_size and max(w.group_size) == BLOCK:
+        return "float8_e4m3fn", "float8_e4m3fn"
     if w.group_size is not None or w.act.qtype not in _FLOAT8 or w.qtype not in _FLOAT8:
         return None
     return _FLOAT8[w.act.qtype], _FLOAT8[w.qtype]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Linear:
     act: Activation | None
     group_size: int | None
     transpose_w: bool
@@ -183,52 +187,9 @@ def _group_size(w: Weight, transpose_w: bool) -> int | None:
     return None if size >= w.shape[along] else size
 
 
-def encode_activations(
-    x: jax.Array,
-    act: Activation,
-    act_scale: jax.Array | None,
-    act_offset: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Codes of `x[..., m, k]` as whole floats, scales and offsets (or None) of each row.
-
-    `x ~ codes * scale + offset`; both broadcast to `[..., m, 1]`.
-    """
-    scale, offset = act_scale, act_offset
-    if act.static:
-        if scale is None or (offset is None and not act.qtype.symmetric):
-            raise ValueError(
-                "static activations need an act_scale, and an act_offset if they are "
-                "asymmetric; the array has none"
-            )
-        scale = scale.astype(jnp.float32)
-        if act.clip_gradient:
-            x, scale, offset = _clipped(x, scale, offset, act)
-    else:
-        axis, reals = -1 if act.per_token else None, x.astype(jnp.float32)
-        largest = lambda v: jnp.max(v, axis, keepdims=True, initial=0.0)
-        if act.qtype.symmetric:
-            scale = scale_of(largest(jnp.abs(reals)), act.qtype.high)
-        else:
-            scale, offset = range_scale(-largest(-reals), largest(reals), act.qtype)
-        scale, offset = jax.lax.stop_gradient((scale, offset))
-    reals = x if offset is None else x.astype(jnp.float32) - offset
-    return encode(reals, scale, None, act.qtype, (), None), scale, offset
-
-
-def _clipped(
-    x: jax.Array, scale: jax.Array, offset: jax.Array | None, act: Activation
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The range of PACT: what lies beyond an end gets its gradient, nothing else does."""
-    ends = (act.qtype.low * scale, act.qtype.high * scale)
-    low, high = ends if offset is None else (end + offset for end in ends)
-    reals = x.astype(jnp.float32)
-    reals = jnp.where(reals >= high, high, jnp.where(reals <= low, low, reals))
-    return reals, *jax.lax.stop_gradient((scale, offset))
-
-
-def _rows(
+def over_rows(
     product: Callable[[jax.Array, jax.Array | None], jax.Array],
-    static: _Static,
+    static: Linear,
     x: jax.Array,
     act_scale: jax.Array | None,
     act_offset: jax.Array | None,
@@ -263,19 +224,29 @@ def _simulate(static, x, codes, scale, zero, act_scale, act_offset):
 
     plain = functools.partial(product, float_dot)
     if static.act.grad_bits is None:
-        return _rows(plain, static, x, act_scale, act_offset)
+        return over_rows(plain, static, x, act_scale, act_offset)
     # The gradient of the row of ones is a sum over all rows: it would set the scale of each
     # column, and stays in floats.
     rounded = functools.partial(
         product, functools.partial(quantized_gradient_dot, static.act.grad_bits)
     )
-    return _rows(rounded, static, x, act_scale, act_offset, plain)
+    return over_rows(rounded, static, x, act_scale, act_offset, plain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _float8_linear(static, kinds, x, values, scale, zero, act_scale, act_offset):
     weight = jax.lax.bitcast_convert_type(values, jnp.dtype(kinds[1]))
     columns = jnp.swapaxes(scale, -1, -2) if static.transpose_w else scale
+    if in_blocks(static.act):
+        numbers, x_scale = encode_blocks(x, static.act)
+        return scaled_matmul(
+            numbers.astype(kinds[0]),
+            weight,
+            x_scale=x_scale,
+            w_scale=columns.astype(x_scale.dtype),
+            group_size=static.group_size,
+            transpose_w=static.transpose_w,
+        )
     product = lambda codes, x_scale: scaled_matmul(
         codes.astype(kinds[0]),
         weight,
@@ -283,7 +254,7 @@ def _float8_linear(static, kinds, x, values, scale, zero, act_scale, act_offset)
         w_scale=columns,
         transpose_w=static.transpose_w,
     )
-    return _rows(product, static, x, act_scale, act_offset)
+    return over_rows(product, static, x, act_scale, act_offset)
 
 
 def _float8_forward(static, kinds, *args):
@@ -305,7 +276,7 @@ _float8_linear.defvjp(_float8_forward, _float8_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _int_linear(static, x, values, scale, zero, act_scale, act_offset, bias, residual):
+def int_linear(static, x, values, scale, zero, act_scale, act_offset, bias, residual):
     k = x.shape[-1]
     check_sums(min(k, static.group_size or k), zero is not None)
     problem = Problem(
@@ -320,7 +291,7 @@ def _int_linear(static, x, values, scale, zero, act_scale, act_offset, bias, res
     return dispatch(_table(static), problem, None, *operands)
 
 
-def _table(static: _Static) -> tuple[Implementation, ...]:
+def _table(static: Linear) -> tuple[Implementation, ...]:
     """Rows quantized and multiplied in one native call, else in two steps."""
 
     def refuses(problem: Problem, platform: str) -> str | None:
@@ -360,7 +331,7 @@ def _in_steps(
             transpose_w=static.transpose_w,
             **options,
         )
-    out = _rows(product, static, x, act_scale, act_offset)
+    out = over_rows(product, static, x, act_scale, act_offset)
     return finish(out, bias, static.activation, residual)
 
 
@@ -414,7 +385,7 @@ def _cpu_by_xla(static, *has):
 
 
 def _int_forward(static, *args):
-    return _int_linear(static, *args), args
+    return int_linear(static, *args), args
 
 
 def _int_backward(static, residuals, g):
@@ -432,4 +403,4 @@ def _int_backward(static, residuals, g):
     return dx, None, dscale, None, *others
 
 
-_int_linear.defvjp(_int_forward, _int_backward)
+int_linear.defvjp(_int_forward, _int_backward)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxcompress.arrays._nm import fill, index_bits
 from jaxcompress.arrays._packing import packed_size, unpack
 from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
-from jaxcompress.ops._int8_matmul import check_scales, check_sums, integer_dot, matmul_shape
+from jaxcompress.ops._int8_matmul import check_scales, check_sums, int8_matmul, matmul_shape
 from jaxcompress.ops._kernels import (
     blocks_of,
     call_kernel,
@@ -22,7 +22,7 @@ from jaxcompress.ops._kernels import (
 )
 from jaxcompress.ops._quantized_matmul import float_dot, quantized_matmul
 
-__all__ = ["nm_matmul", "plan"]
+__all__ = ["nm_matmul", "plan", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ def nm_matmul(
     *,
     n: int,
     m: int,
+    x_scale: jax.Array | None = None,
     bits: int = 8,
     group_size: int | None = None,
     dtype: DTypeLike | None = None,
@@ -52,7 +53,8 @@ def nm_matmul(
 ) -> jax.Array:
     """Multiplies by a matrix of which each column keeps `n` of every `m` neighbours.
 
-    `y[:, c] = sum_g s[h(g), c] sum_(i < n) x[:, m g + places[n g + i, c]] values[n g + i, c]`
+    `y[r, c] = s_x[r] sum_g s[h(g), c] sum_(i in g) x[r, m g + places[i, c]] values[i, c]`, the
+    `n` kept rows `i` of each group `g`.
 
     Args:
       x: `[..., rows, k]`, floats, or int8 where `values` are int8; `m` divides `k`.
@@ -61,22 +63,25 @@ def nm_matmul(
         of codes along the rows.
       indices: uint8, the places in their groups, in bit planes of `ceil(log2 m)` bits
         along the rows, as `NMSparseArray` stores them. Within a group they differ.
-      scale: float32 `[h, columns]`, or with the leading dimensions of `values`, for codes and
-        a float `x`; `h` is 1, or the number of runs of `group_size`. None for 1.
+      scale: float32 `[h, columns]`, or with the leading dimensions of `values`, for codes; `h`
+        is 1, or the number of runs of `group_size`. None for 1.
       n: how many are kept.
       m: of how many.
+      x_scale: a scale for each row of an int8 `x`, `[..., rows, 1]` or anything that
+        broadcasts to it; None for 1.
       bits: of a code, 2 to 8.
       group_size: the neighbouring `k`, a multiple of `m`, that share a scale.
-      dtype: of the result where `x` is of floats; None for float32, or that of `x` where it
-        is wider.
-      implementation: "pallas_tpu" or "triton" (zeros put back in fast memory),
-        "triton_sparse" (NVIDIA's sparse tensor cores, two of four, only by name: no device
-        has run it), "reference" (zeros put back in memory), or None for the first that
-        serves the shape on the platform.
+      dtype: of the result of floats, or of scaled integers; None for float32, or that of `x`
+        where it is wider.
+      implementation: "pallas_tpu" or "triton" (zeros put back in fast memory; of integers, no
+        groups), "triton_sparse" (NVIDIA's sparse tensor cores, two of four, only by name: no
+        device has run it), "reference" (zeros put back in memory), or None for the first
+        that serves the shape on the platform.
 
     Returns:
-      `[..., rows, columns]`, summed in float32; exact int32 where `x` is int8.
-      Differentiable in `x` and `scale`, and in `values` if they are floats.
+      `[..., rows, columns]`, summed in float32. Where `x` is int8 sums are exact: int32, or
+      with a `scale` or an `x_scale` what `int8_matmul` makes of the same matrix.
+      Differentiable in `x` and the scales, and in `values` if they are floats.
 
     Raises:
       TypeError: an operand has a dtype that is not named above.
@@ -121,10 +126,11 @@ def nm_matmul(
             f"{stored}, columns]; got values{values.shape} and indices{indices.shape}"
         )
     if integers:
-        check_sums(kept, False)
-    if scale is not None and (integers or not is_code):
-        what = "int8 activations" if integers else f"values of {values.dtype}"
-        raise TypeError(f"nm_matmul scales codes that meet floats, not {what}")
+        check_sums(min(x.shape[-1], group_size or x.shape[-1]), False)
+    if scale is not None and not is_code:
+        raise TypeError(f"nm_matmul scales codes, not values of {values.dtype}")
+    if x_scale is not None and not integers:
+        raise TypeError(f"nm_matmul scales the rows of an int8 x; it is {x.dtype}")
     if group_size is not None and (scale is None or group_size < 1 or group_size % m):
         raise ValueError(
             f"expected a scale, and a group_size that {m} divides; got {group_size} and "
@@ -134,14 +140,20 @@ def nm_matmul(
     unpacked = (*values.shape[:-2], x.shape[-1], values.shape[-1])
     lead, rows, k, columns = matmul_shape(x.shape, unpacked, False)
     if values.ndim == 2:  # one product of all rows
-        x, values, indices = x.reshape(1, math.prod(lead) * rows, k), values[None], indices[None]
+        count = math.prod(lead) * rows
+        x, values, indices = x.reshape(1, count, k), values[None], indices[None]
         scale = None if scale is None else scale[None]
+        if x_scale is not None:
+            x_scale = jnp.broadcast_to(x_scale, (*lead, rows, 1)).reshape(1, count, 1)
     else:
-        flat = lambda a: a.reshape(-1, *a.shape[-2:])
+        flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
         if scale is not None:
             scale = flat(jnp.broadcast_to(scale, (*values.shape[:-2], *scale.shape[-2:])))
+        if x_scale is not None:
+            x_scale = flat(jnp.broadcast_to(x_scale, (*lead, rows, 1)))
         x, values, indices = map(flat, (x, values, indices))
-    kind = jnp.int32 if integers else dtype or jnp.promote_types(x.dtype, jnp.float32)
+    sums = integers and scale is None and x_scale is None
+    kind = jnp.int32 if sums else dtype or jnp.promote_types(x.dtype, jnp.float32)
     static = _Static(
         n,
         m,
@@ -152,7 +164,7 @@ def nm_matmul(
         group_size if group_size is not None and group_size < k else None,
         scale is not None,
     )
-    return _matmul(static, x, values, indices, scale).reshape(*lead, rows, columns)
+    return _matmul(static, x, values, indices, scale, x_scale).reshape(*lead, rows, columns)
 
 
 def plan(
@@ -172,10 +184,16 @@ def plan(
     return explained(table, Problem(m=rows, k=k, n=columns, dtype=dtype), platform)
 
 
+def table(n: int, m: int, bits: int, group_size: int | None) -> tuple[Implementation, ...]:
+    """The implementations for int8 activations and scaled codes, best first."""
+    return _table(_Static(n, m, "int8", "float32", None, bits, group_size, True))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static, x, values, indices, scale):
+def _matmul(static, x, values, indices, *scales):
     problem = Problem(m=x.shape[-2], k=x.shape[-1], n=values.shape[-1], dtype=x.dtype.name)
-    return dispatch(_table(static), problem, static.implementation, x, values, indices, scale)
+    operands = (x, values, indices, *scales)
+    return dispatch(_table(static), problem, static.implementation, *operands)
 
 
 def _forward(static, *operands):
@@ -183,28 +201,31 @@ def _forward(static, *operands):
 
 
 def _backward(static, operands, g):
-    x, values, indices, scale = operands
+    x, values, indices, *scales = operands
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        return None, None, None, None
+        if static.dtype == "int32":  # sums of codes have no derivative
+            return (None,) * len(operands)
+        run = functools.partial(_reference, static, x, values, indices)
+        return None, None, None, *jax.vjp(run, *scales)[1](g)
     if jnp.issubdtype(values.dtype, jnp.floating):
-        run = lambda x, values: _reference(static, x, values, indices, None)
-        return *jax.vjp(run, x, values)[1](g), None, None
-    run = lambda x, scale: _reference(static, x, values, indices, scale)
-    dx, dscale = jax.vjp(run, x, scale)[1](g)
-    return dx, None, None, dscale
+        by_values = lambda x, values: _reference(static, x, values, indices, *scales)
+        return *jax.vjp(by_values, x, values)[1](g), None, None, None
+    by_scales = lambda x, *scales: _reference(static, x, values, indices, *scales)
+    dx, *dscales = jax.vjp(by_scales, x, *scales)[1](g)
+    return dx, None, None, *dscales
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def _reference(static, x, values, indices, scale):
+def _reference(static, x, values, indices, scale, x_scale):
     if static.bits < 8:
         values = unpack(values, static.bits, x.shape[-1] // static.m * static.n, -2)
     w = fill(values, indices, static.n, static.m, x.shape[-1], -2)
+    options = dict(group_size=static.group_size, dtype=static.dtype)
     if x.dtype == jnp.int8:
-        return integer_dot(x, w, False)
+        return int8_matmul(x, w, x_scale=x_scale, w_scale=scale, **options)
     if scale is not None:
-        options = dict(group_size=static.group_size, dtype=static.dtype)
         return quantized_matmul(x, w, scale, **options)
     return float_dot(x, w.astype(x.dtype), False).astype(static.dtype)
 
@@ -221,14 +242,25 @@ def _triton(static, *operands):
     return _by_kernel(static, kernel.nm_matmul, chip("cuda") or chip("rocm"), True, *operands)
 
 
-def _triton_sparse(static, x, values, indices, scale):
+def _triton_sparse(static, x, values, indices, *scales):
     from jaxcompress.kernels.nm_matmul import triton_sparse as kernel
 
     run = functools.partial(kernel.nm_matmul, dtype=static.dtype, chip=chip("cuda"))
-    return call_kernel(run, ("bmk", "bsn", "bpn"), x, values, indices)
+    return call_kernel(run, _LETTERS, x, values, indices, *_spread(static, x, values, *scales))
 
 
-def _by_kernel(static, kernel, chip, is_cut, x, values, indices, scale):
+_LETTERS = ("bmk", "bsn", "bpn", "bgn", "bm1")
+
+
+def _spread(static, x, values, scale, x_scale):
+    """A scale for each group and column, and one for each row, where there are any."""
+    if scale is not None:
+        groups = -(-x.shape[-1] // static.group_size) if static.group_size else 1
+        scale = jnp.broadcast_to(scale, (values.shape[0], groups, values.shape[-1]))
+    return scale, x_scale
+
+
+def _by_kernel(static, kernel, chip, is_cut, x, values, indices, *scales):
     run = functools.partial(
         kernel,
         pattern=(static.n, static.m),
@@ -237,11 +269,8 @@ def _by_kernel(static, kernel, chip, is_cut, x, values, indices, scale):
         dtype=static.dtype,
         chip=chip,
     )
-    if scale is not None:
-        groups = -(-x.shape[-1] // static.group_size) if static.group_size else 1
-        scale = jnp.broadcast_to(scale, (values.shape[0], groups, values.shape[-1]))
-    letters = ("bmk", "bsn", "bpn", "bgn")
-    return call_kernel(run, letters, x, values, indices, scale, is_cut=is_cut)
+    scales = _spread(static, x, values, *scales)
+    return call_kernel(run, _LETTERS, x, values, indices, *scales, is_cut=is_cut)
 
 
 def _table(static: _Static) -> tuple[Implementation, ...]:
@@ -285,9 +314,17 @@ def _sparse_refuses(static: _Static, problem: Problem, platform: str) -> str | N
         return f"they take two of four, not {static.n}:{static.m}"
     if static.weights != problem.dtype or problem.dtype not in ("bfloat16", "float16", "int8"):
         return f"it takes bfloat16, float16 or int8 alike, not {problem.dtype} x {static.weights}"
-    if static.bits < 8 or static.scaled:
-        return "it takes values as they are, neither packed nor scaled"
-    return no_triton(platform)
+    if static.bits < 8:
+        return "it takes values as they are, not packed"
+    if static.scaled and problem.dtype != "int8":
+        return "it scales integers, not floats"
+    return _has_groups(static, problem) or no_triton(platform)
+
+
+def _has_groups(static: _Static, problem: Problem) -> str | None:
+    if problem.dtype != "int8" or static.group_size is None:
+        return None
+    return f"it scales whole columns of integers, not groups of {static.group_size}"
 
 
 def _refused(static: _Static, problem: Problem, kinds: tuple[str, ...]) -> str | None:
@@ -300,4 +337,6 @@ def _refused(static: _Static, problem: Problem, kinds: tuple[str, ...]) -> str |
     for kind in (problem.dtype, static.weights):
         if kind not in (*kinds, "int8"):
             return f"it takes {', '.join(kinds)} and int8, not {kind}"
-    return None
+    if static.dtype not in (*kinds, "int8", "int32"):
+        return f"it gives {', '.join(kinds)}, not {static.dtype}"
+    return _has_groups(static, problem)

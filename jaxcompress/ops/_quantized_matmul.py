@@ -340,7 +340,7 @@ def _decoded(static, kernel, chip, is_cut, x, w, scale, zero):
     )
     rows = "k" if w.dtype == jnp.int8 else "p"  # of bit planes there are fewer
     letters = ("bmk", f"bn{rows}" if static.transpose_w else f"b{rows}n", "bgn", "bgn")
-    flat = lambda a: a.reshape(-1, *a.shape[-2:])
+    flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
     operands = flat(x), flat(w), columns(scale), columns(zero)
     out = call_kernel(run, letters, *operands, is_cut=is_cut)
     return out.reshape(*lead, m, n)

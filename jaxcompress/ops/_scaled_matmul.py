@@ -105,7 +105,8 @@ def scaled_matmul(
         x, x_scale = x.reshape(1, rows, k), x_scale.reshape(1, rows, groups)
         w, w_scale = w[None], w_scale[None]
     else:
-        x, w, x_scale, w_scale = (a.reshape(-1, *a.shape[-2:]) for a in (x, w, x_scale, w_scale))
+        flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
+        x, w, x_scale, w_scale = map(flat, (x, w, x_scale, w_scale))
     w_scale = jnp.broadcast_to(w_scale, (*w_scale.shape[:1], groups, n))
     static = _Static(
         w.dtype.name,
@@ -118,10 +119,22 @@ def scaled_matmul(
     return _matmul(static, x, w, x_scale, w_scale).reshape(*lead, m, n)
 
 
-def plan(m: int, k: int, n: int, x: str, w: str, transpose_w: bool, platform: str) -> Choice:
-    """The implementation that `scaled_matmul` of whole rows and columns takes on `platform`."""
-    static = _Static(w, "float32", None, transpose_w, "float32", None)
-    return explained(_table(static), Problem(m=m, k=k, n=n, dtype=x), platform)
+def plan(
+    m: int,
+    k: int,
+    n: int,
+    x: str,
+    w: str,
+    group_size: int | None,
+    transpose_w: bool,
+    platform: str,
+) -> Choice:
+    """The implementation that `scaled_matmul` takes on `platform`: in groups, of mxfp8."""
+    scales = "float32" if group_size is None else "float8_e8m0fnu"
+    group = group_size if group_size is not None and group_size < k else None
+    static = _Static(w, scales, group, transpose_w, "float32", None)
+    problem = Problem(m=m, k=k, n=n, group_size=group, dtype=x)
+    return explained(_table(static), problem, platform)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

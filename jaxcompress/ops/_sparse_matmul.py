@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxcompress.arrays._prepacked_sparse import PrepackedSparseArray, columns_of, scatter
 from jaxcompress.arrays._qtype import Activation
+from jaxcompress.ops._activations import encode_activations
 from jaxcompress.ops._choice import Choice, Implementation, Problem, choose, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
 from jaxcompress.ops._epilogue import finish, in_places
-from jaxcompress.ops._linear import encode_activations
 from jaxcompress.ops._quantized_matmul import float_dot
 
 __all__ = ["plan", "sparse_linear"]

@@ -177,7 +177,7 @@ def _fused(static, kernel, chip, is_cut, x, w, w_scale, x_scale, zero):
     *lead, m, k = x.shape
     n, group = w.shape[-1], static.group_size
     groups = -(-k // group) if group and group < k else 1
-    flat = lambda a: a.reshape(-1, *a.shape[-2:])
+    flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
     spread = lambda s, *shape: None if s is None else flat(jnp.broadcast_to(s, (*lead, *shape)))
     run = functools.partial(kernel, group_size=group, dtype=static.dtype, chip=chip)
     out = call_kernel(

@@ -1,6 +1,6 @@
 """Specs of formats that are no plain integers: binary, ternary, codebooks, floats, blocks."""
 
-from jaxcompress.arrays import CodebookType, FloatType, OddType, TernaryType
+from jaxcompress.arrays import Activation, CodebookType, FloatType, OddType, TernaryType
 from jaxcompress.quantize._specs import Axis, Spec
 
 __all__ = ["binary", "fp8_e4m3", "fp8_e5m2", "mxfp4", "mxfp8", "nf4", "nvfp4", "ternary"]
@@ -105,13 +105,15 @@ def fp8_e5m2(*, axis: Axis = None, group_size: Axis = None) -> Spec:
     return Spec(qtype=FloatType(5, 2, 57344.0), axis=axis, group_size=group_size)
 
 
-def mxfp8(*, axis: Axis = None) -> Spec:
+def mxfp8(*, axis: Axis = None, activations: bool = False) -> Spec:
     """Eight-bit floats (e4m3) in groups of 32 with a shared exponent, a power of two.
 
     `s = 2^(floor(log2 max |w|) - 8)`, one byte; the largest numbers may saturate.
 
     Args:
       axis: as for `int8`; groups run along the last.
+      activations: True rounds the activations in the same way as they come, 32 neighbours
+        along the contracted axis: `jaxcompress.ops.scaled_matmul` multiplies both.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> jc.quantize.quantize({"w": jnp.ones((64, 4))}, {"w": jc.quantize.mxfp8()})["w"].nbytes
@@ -119,7 +121,9 @@ def mxfp8(*, axis: Axis = None) -> Spec:
 
     Rouhani et al., 2023, Microscaling Data Formats for Deep Learning, arXiv:2310.10537.
     """
-    return Spec(qtype=FloatType(4, 3, 448.0, scales="e8m0"), axis=axis, group_size=32)
+    kind = FloatType(4, 3, 448.0, scales="e8m0")
+    act = Activation(kind) if activations else None
+    return Spec(qtype=kind, axis=axis, group_size=32, act=act)
 
 
 def mxfp4(*, axis: Axis = None) -> Spec:

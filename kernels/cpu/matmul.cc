@@ -149,15 +149,41 @@ class Block {
     path_.start(rows_, columns_, 1 << (p_.bits - 1), zero, sums_ + group, p_.groups(), acc_);
   }
 
+  // One group of one digit: its scaled sums are the result.
+  bool direct() const { return p_.groups() == 1 && p_.digits == 1; }
+
   // Whether a tile may take a group from its start to its scales.
   bool groups_in_tiles() const {
-    const bool scaled = !out_.integers && (p_.groups() > 1 || p_.digits > 1);
-    return path_.tile_group && scaled && !out_.scales.zero && columns_ == panels_ * kPanel;
+    const bool plain = !out_.integers && !out_.scales.zero && columns_ == panels_ * kPanel;
+    return path_.tile_group && plain;
   }
 
   Group group_of(size_t group, size_t row) {
-    return {sums_ + row * p_.groups() + group, p_.groups(), 1u << (p_.bits - 1), scales_of(group),
-            group > 0, scaled_ + row * kColumns};
+    if (row == 0 && p_.groups() > 2) read_ahead(group + 2);
+    Group g = {sums_ + row * p_.groups() + group, p_.groups(), 1u << (p_.bits - 1), nullptr,
+               scales_of(group), group > 0, scaled_ + row * kColumns, kColumns};
+    if (direct()) {
+      g.row_scale = row_scales_ + row;
+      g.out = result() + row * p_.n;
+      g.out_pitch = p_.n;
+    }
+    return g;
+  }
+
+  // The scales of a group, or of the next columns after the last: each lies in a page of its own,
+  // which nothing else reads ahead.
+  void read_ahead(size_t group) const {
+    const bool here = group < p_.groups();
+    const size_t column = column_ + (here ? 0 : kColumns);
+    if (column + kColumns > p_.n) return;
+    const size_t row = batch_ * p_.groups() + group - (here ? 0 : p_.groups());
+    for (size_t c = 0; c < kColumns; c += kPanel) {
+      __builtin_prefetch(out_.scales.scale + row * p_.n + column + c);
+    }
+  }
+
+  float* result() const {
+    return out_.floats + (batch_ * p_.m + first_row_ / p_.digits) * p_.n + column_;
   }
 
   const float* scales_of(size_t group) const {
@@ -173,9 +199,9 @@ class Block {
       return;
     }
     const float* scale = scales_of(group);
-    float* out = out_.floats + row * pitch + column_;
-    if (p_.groups() == 1 && p_.digits == 1) {
-      path_.finish(acc_, rows_, columns_, row_scales_, scale, out, pitch);
+    float* out = result();
+    if (direct()) {
+      if (!scaled) path_.finish(acc_, rows_, columns_, row_scales_, scale, out, pitch);
     } else {
       if (!scaled) path_.scale(acc_, rows_, columns_, scale, group > 0, scaled_);
       if (group + 1 < p_.groups()) return;

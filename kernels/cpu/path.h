@@ -44,14 +44,17 @@ struct Epilogue {
   }
 };
 
-// A whole group of codes: out[i][c] (+)= (sums of products - offset * sums[i * pitch]) * scale[c].
+// A whole group of codes:
+// out[i][c] (+)= (sums of products - offset * sums[i * pitch]) * row_scale[i] * scale[c].
 struct Group {
   const int32_t* sums;
   size_t pitch;
   uint32_t offset;
-  const float* scale;  // of all columns of the panels
+  const float* row_scale;  // or null, for groups that rows are not multiplied into yet
+  const float* scale;      // of all columns of the panels
   bool add;
-  float* out;  // [count][kColumns]
+  float* out;
+  size_t out_pitch;
 };
 
 struct SparsePath;

@@ -29,7 +29,9 @@ struct InMemory {
   }
 };
 
-// Those of a whole group, which is scaled and added to what the groups before it gave.
+// Those of a whole group, which is scaled and added to what the groups before it gave; or, of the
+// only group, multiplied by the scales of rows too.
+template <bool kOnly>
 struct OfGroup {
   const Group& g;
 
@@ -40,11 +42,12 @@ struct OfGroup {
   void last(int i, int j, __m512i sum) const {
     typedef int32_t Words __attribute__((vector_size(64)));
     typedef float Floats __attribute__((vector_size(64)));
-    float* out = g.out + i * kColumns + kPanel * j;
+    float* out = g.out + i * g.out_pitch + kPanel * j;
     // Not the intrinsic, of which gcc 12 warns.
     Floats scaled = __builtin_convertvector((Words)sum, Floats);
+    if (kOnly) scaled *= g.row_scale[i];
     scaled *= Floats(_mm512_loadu_ps(g.scale + kPanel * j));
-    if (g.add) scaled += Floats(_mm512_loadu_ps(out));
+    if (!kOnly && g.add) scaled += Floats(_mm512_loadu_ps(out));
     _mm512_storeu_ps(out, scaled);
   }
 };
@@ -173,12 +176,22 @@ void tile4(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pi
 void tile_group(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pitch,
                 size_t quads, const Group& group) {
   const int32_t start = 0;
-  tile_with(x, count, Bytes{&start, 1, quads}, weights, panels, pitch, OfGroup{group});
+  const Bytes by = {&start, 1, quads};
+  if (group.row_scale) {
+    tile_with(x, count, by, weights, panels, pitch, OfGroup<true>{group});
+  } else {
+    tile_with(x, count, by, weights, panels, pitch, OfGroup<false>{group});
+  }
 }
 
 void tile4_group(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pitch,
                  size_t blocks, const Group& group) {
-  tile_with(x, count, Planes{blocks}, planes, panels, pitch, OfGroup{group});
+  const Planes by = {blocks};
+  if (group.row_scale) {
+    tile_with(x, count, by, planes, panels, pitch, OfGroup<true>{group});
+  } else {
+    tile_with(x, count, by, planes, panels, pitch, OfGroup<false>{group});
+  }
 }
 
 }  // namespace

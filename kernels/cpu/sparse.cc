@@ -10,7 +10,7 @@ namespace {
 
 // Columns whose sums are turned back together: a line of the result for each row.
 constexpr size_t kResults = 16;
-constexpr size_t kWidest = 32;
+constexpr size_t kWidest = 64;
 // Work on one value is that of 16 rows at least; less of it than this stays on the calling
 // thread.
 constexpr size_t kSmallSparse = size_t{1} << 20;

@@ -16,12 +16,12 @@ constexpr size_t kGroup = 64;
 
 struct SparseProblem {
   size_t batch, m, k, n;
-  size_t part;     // entries along k that are gone through at once; 256 of 32 rows are 32 KB
+  size_t part;     // entries along k that are gone through at once; 256 of 32 rows are 32 KB, of 64 still near
   size_t kept;     // values of each batch, padding at the end included
   bool quantized;  // the rows become int8 codes first
 
-  // Rows that are turned together.
-  size_t tile() const { return 32; }
+  // Rows that are turned together: what is left of the last 64 is filled up to a power of two.
+  size_t tile() const { return m % 64 > 32 && m % 64 <= 48 ? 32 : 64; }
   // Of a tile that begins at `row`, filled up to what the loops are made for; 1 for one row.
   size_t width(size_t row) const;
   size_t tiles() const { return (m + tile() - 1) / tile(); }

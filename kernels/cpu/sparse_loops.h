@@ -134,6 +134,7 @@ inline void columns_of(const float* turned, size_t width, const Value* values,
     case 8: return sum_all<kVector, 8>(turned, values, runs, sums);
     case 16: return sum_all<kVector, 16>(turned, values, runs, sums);
     case 32: return sum_all<kVector, 32>(turned, values, runs, sums);
+    case 64: return sum_all<kVector, 64>(turned, values, runs, sums);
   }
 }
 

@@ -36,7 +36,7 @@ struct SparsePath {
                      float* turned);
 
   // sums[column * width + r] += sum over a run of value * turned[place * width + r]; `width` is
-  // 4, 8, 16 or 32.
+  // 4, 8, 16, 32 or 64.
   void (*columns)(const float* turned, size_t width, SparseRuns runs, float* sums);
 
   // The same for one row, four sums of each column that are still to be added.

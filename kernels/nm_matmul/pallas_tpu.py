@@ -58,6 +58,7 @@ def nm_matmul(
     values: jax.Array,
     indices: jax.Array,
     scale: jax.Array | None = None,
+    x_scale: jax.Array | None = None,
     *,
     pattern: tuple[int, int],
     bits: int = 8,
@@ -67,21 +68,22 @@ def nm_matmul(
     block: tuple[int, int, int] | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`x @ (w * scale)`, summed in float32, or exactly in int32 where `x` is int8.
+    """`x @ (w * scale)`, summed in float32; for int8 `x` `(x @ w) * x_scale * scale`.
 
     `x[b, m, k]` is float32, bfloat16 or int8. With the pattern `(n, m)`, `values[b, k / m *
     n, columns]` are floats or int8, or uint8 bit planes of integers of `bits`, and
     `indices[b, ., columns]` uint8 bit planes of their places in each group of `m`. `n` and
-    `m` are powers of two, at most 4 and 16. `scale[b, g, columns]` is for integers and a
-    float `x`; `group_size` neighbours along `k` share one, a power of two of which at least
-    16 are kept.
+    `m` are powers of two, at most 4 and 16. `scale[b, g, columns]` is for integers; where `x`
+    is of floats, `group_size` neighbours along `k` share one, a power of two of which at
+    least 16 are kept. The product of an int8 `x` is exact in int32, and so is the result
+    without `scale` and `x_scale[b, m, 1]`.
     """
     b, rows, k = x.shape
     columns = values.shape[2]
     n, m = pattern
     kept = k // m * n
     integers = x.dtype == jnp.int8
-    kind = jnp.int32 if integers else dtype
+    kind = jnp.int32 if integers and scale is None and x_scale is None else dtype
     out = jax.ShapeDtypeStruct((b, rows, columns), kind, manual_axis_type=varying(x, values))
     if 0 in (b, rows, columns, k):
         return jnp.zeros(out.shape, out.dtype)
@@ -98,18 +100,21 @@ def nm_matmul(
     x = jnp.swapaxes(x, 3, 4).reshape(b, rows, -1)
     is_resident = block_m * x.shape[2] * x.dtype.itemsize <= _RESIDENT
     across = _WIDE if block_n % _WIDE == 0 else block_n
-    operands, scales = [x, values, indices], []
+    operands, scales = {}, []
     if scale is not None:
         # The scales that a strip needs are a slice of their own: rows in the middle of a
         # tile cannot be addressed.
         per_strip = max(1, _STRIP // group) if group else 1
         slices = -(-whole // (per_strip * group)) if group else 1
         scale = pad(scale.astype(jnp.float32), 1, slices * per_strip)
-        operands.append(scale.reshape(b, slices, per_strip, columns))
+        operands["scale"] = scale.reshape(b, slices, per_strip, columns)
         shape = (None, slices, per_strip, block_n)
         scales.append(pl.BlockSpec(shape, lambda b, i, j, k: (b, 0, 0, j)))
+    if x_scale is not None:
+        operands["x_scale"] = x_scale.astype(jnp.float32)
+        scales.append(pl.BlockSpec((None, block_m, 1), lambda b, i, j, k: (b, i, 0)))
     return pl.pallas_call(
-        functools.partial(_kernel, n, m, place_bits, value_bits, group),
+        functools.partial(_kernel, n, m, place_bits, value_bits, group, tuple(operands)),
         grid=(b, pl.cdiv(rows, block_m), pl.cdiv(columns, block_n), whole // block_k),
         in_specs=[
             pl.BlockSpec((None, block_m, x.shape[2]), lambda b, i, j, k: (b, i, 0))
@@ -135,11 +140,12 @@ def nm_matmul(
         ),
         interpret=interpret,
         name="nm_matmul",
-    )(*operands)
+    )(x, values, indices, *operands.values())
 
 
-def _kernel(n, m, place_bits, value_bits, group, x_ref, values_ref, indices_ref, *refs):
-    *scale_ref, out_ref, strip_ref, place_ref, weight_ref, sums_ref = refs
+def _kernel(n, m, place_bits, value_bits, group, names, x_ref, values_ref, indices_ref, *refs):
+    *scales, out_ref, strip_ref, place_ref, weight_ref, sums_ref = refs
+    scale = dict(zip(names, scales))
     step, steps = pl.program_id(3), pl.num_programs(3)
     block_m, (wide, block_n) = x_ref.shape[0], weight_ref.shape
     groups = wide // m
@@ -159,7 +165,7 @@ def _kernel(n, m, place_bits, value_bits, group, x_ref, values_ref, indices_ref,
         values = values.astype(jnp.float32)
         if group:
             at = lax.div((step * strips + strip) * _STRIP, max(_STRIP, group))
-            values = values * spread(scale_ref[0][at, :, columns], _STRIP)
+            values = values * spread(scale["scale"][at, :, columns], _STRIP)
         strip_ref[...] = values
         here = tile(strip, _STRIP // 8 * place_bits, indices_ref.shape[0])
         place_ref[...] = _unpack(indices_ref[here, columns], place_bits)
@@ -207,8 +213,10 @@ def _kernel(n, m, place_bits, value_bits, group, x_ref, values_ref, indices_ref,
         @pl.when(step == steps - 1)
         def _():
             sums = sums_ref[rows, columns]
-            if scale_ref and not group:
-                sums = sums * scale_ref[0][0, :, columns]
+            if "x_scale" in scale:
+                sums = sums.astype(jnp.float32) * scale["x_scale"][rows, :]
+            if "scale" in scale and not group:
+                sums = sums.astype(jnp.float32) * scale["scale"][0, :, columns]
             out_ref[rows, columns] = sums.astype(out_ref.dtype)
 
 

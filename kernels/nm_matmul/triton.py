@@ -37,6 +37,7 @@ def nm_matmul(
     values: jax.Array,
     indices: jax.Array,
     scale: jax.Array | None = None,
+    x_scale: jax.Array | None = None,
     *,
     pattern: tuple[int, int],
     bits: int = 8,
@@ -46,20 +47,23 @@ def nm_matmul(
     block: Blocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`x @ (w * scale)`, summed in float32, or exactly in int32 where `x` is int8.
+    """`x @ (w * scale)`, summed in float32; for int8 `x` `(x @ w) * x_scale * scale`.
 
     `x[b, m, k]` is float32, bfloat16, float16 or int8. With the pattern `(n, m)`,
     `values[b, k / m * n, columns]` are floats or int8, or uint8 bit planes of integers of
     `bits`, and `indices[b, ., columns]` uint8 bit planes of their places in each group of
     `m`. `n` and `m` are powers of two, at most 4 and 16. `scale[b, g, columns]` is for
-    integers and a float `x`; `group_size` neighbours along `k` share one, a power of two of at
-    least `m`. `interpret` is a function to call instead of `jax_triton.triton_call`.
+    integers; where `x` is of floats, `group_size` neighbours along `k` share one, a power of
+    two of at least `m`. The product of an int8 `x` is exact in int32, and so is the result
+    without `scale` and `x_scale[b, m, 1]`.
+    `interpret` is a function to call instead of `jax_triton.triton_call`.
     """
     b, rows, k = x.shape
     columns = values.shape[2]
     n, m = pattern
     integers = x.dtype == jnp.int8
-    out = jax.ShapeDtypeStruct((b, rows, columns), jnp.int32 if integers else dtype)
+    kind = jnp.int32 if integers and scale is None and x_scale is None else dtype
+    out = jax.ShapeDtypeStruct((b, rows, columns), kind)
     if 0 in (b, rows, columns, k):
         return jnp.zeros(out.shape, out.dtype)
     tile = block or blocks(rows, columns, chip)
@@ -73,6 +77,7 @@ def nm_matmul(
         values,
         indices,
         one if scale is None else scale.astype(jnp.float32),
+        one if x_scale is None else x_scale.astype(jnp.float32),
         kernel=_kernel,
         out_shape=out,
         grid=(triton.cdiv(columns, tile.n), triton.cdiv(rows, tile.m), b),
@@ -86,6 +91,7 @@ def nm_matmul(
         BITS=max(1, (m - 1).bit_length()),
         VALUE_BITS=bits if values.dtype == jnp.uint8 else 8,
         HAS_SCALE=scale is not None,
+        HAS_X_SCALE=x_scale is not None,
         SHARED=group or 0,
         INTEGERS=integers,
         BLOCK_M=tile.m,
@@ -150,6 +156,7 @@ def _kernel(
     values,
     indices,
     scale,
+    x_scale,
     out,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -159,6 +166,7 @@ def _kernel(
     BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr,
     SHARED: tl.constexpr,  # groups of M that share a scale, 0 for all
     INTEGERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -248,8 +256,12 @@ def _kernel(
                 total = tl.dot(piece, weight, total, out_dtype=tl.int32)
             else:
                 total = tl.dot(piece, weight, total, input_precision="ieee")
+    if HAS_X_SCALE:
+        total = (
+            total.to(tl.float32) * tl.load(x_scale + batch * ROWS + row, mask=row < ROWS)[:, None]
+        )
     if HAS_SCALE and not SHARED:
-        total *= tl.load(scale_at, mask=column < COLUMNS)[None, :]
+        total = total.to(tl.float32) * tl.load(scale_at, mask=column < COLUMNS)[None, :]
     mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
     out_at = out + (batch * ROWS + row[:, None]) * COLUMNS + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=mask)

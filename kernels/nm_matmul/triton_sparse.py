@@ -28,21 +28,25 @@ def nm_matmul(
     x: jax.Array,
     values: jax.Array,
     indices: jax.Array,
+    scale: jax.Array | None = None,
+    x_scale: jax.Array | None = None,
     *,
     dtype: Any = jnp.float32,
     chip: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`x @ w`, summed in float32, or exactly in int32 where both are int8.
+    """`x @ w`, summed in float32; of int8 `(x @ w) * x_scale * scale`, the product exact.
 
     `x[b, m, k]` and `values[b, k / 2, n]` are both bfloat16, float16 or int8, and
     `indices[b, ., n]` uint8 bit planes of the places of two values in each group of four.
+    `scale[b, 1, n]` and `x_scale[b, m, 1]` are for int8, whose result is int32 without them.
     `interpret` is a function to call instead of `jax_triton.triton_call`.
     """
     b, rows, k = x.shape
     columns = values.shape[2]
     integers = x.dtype == jnp.int8
-    out = jax.ShapeDtypeStruct((b, rows, columns), jnp.int32 if integers else dtype)
+    kind = jnp.int32 if integers and scale is None and x_scale is None else dtype
+    out = jax.ShapeDtypeStruct((b, rows, columns), kind)
     if 0 in (b, rows, columns, k):
         return jnp.zeros(out.shape, out.dtype)
     # Bits as they are: a register of 32 has two numbers, or four of int8.
@@ -51,11 +55,15 @@ def nm_matmul(
     bits = values if integers else lax.bitcast_convert_type(values, jnp.int16)
     shape, kinds = ("m16n8k64", "s32.s8.s8.s32") if integers else ("m16n8k32", "f32.{0}.{0}.f32")
     kinds = kinds.format(_KINDS.get(x.dtype.name))
+    # Triton takes no None: what is absent is a single 1 that is never read.
+    one = jnp.ones((1, 1, 1), jnp.float32)
     call = interpret or triton_call("nm_matmul_sparse", chip)
     return call(
         words,
         bits,
         indices,
+        one if scale is None else scale.astype(jnp.float32),
+        one if x_scale is None else x_scale.astype(jnp.float32),
         kernel=_kernel,
         out_shape=out,
         grid=(triton.cdiv(columns, 16 * _WARPS), triton.cdiv(rows, 8), b),
@@ -65,6 +73,8 @@ def nm_matmul(
         COLUMNS=columns,
         KEPT=k // 2,
         PER=per,
+        HAS_SCALE=scale is not None,
+        HAS_X_SCALE=x_scale is not None,
         ASM=f"mma.sp::ordered_metadata.sync.aligned.{shape}.row.col.{kinds} "
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, $16, 0x0;",
         WARPS=_WARPS,
@@ -123,11 +133,15 @@ def _kernel(
     x,
     values,
     indices,
+    scale,
+    x_scale,
     out,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEPT: tl.constexpr,
     PER: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr,
     ASM: tl.constexpr,
     WARPS: tl.constexpr,
 ):
@@ -187,6 +201,18 @@ def _kernel(
                 pack=1,
             )
     down = tl.program_id(1) * 8 + member * 2  # rows of the result
+    if HAS_X_SCALE:
+        at_scale = x_scale + batch * ROWS + down
+        upper = tl.load(at_scale, mask=down < ROWS)
+        lower = tl.load(at_scale + 1, mask=down + 1 < ROWS)
+        c0, c2 = c0.to(tl.float32) * upper, c2.to(tl.float32) * upper
+        c1, c3 = c1.to(tl.float32) * lower, c3.to(tl.float32) * lower
+    if HAS_SCALE:
+        at_scale = scale + batch * COLUMNS + column
+        left = tl.load(at_scale, mask=low)
+        right = tl.load(at_scale + 8, mask=high)
+        c0, c1 = c0.to(tl.float32) * left, c1.to(tl.float32) * left
+        c2, c3 = c2.to(tl.float32) * right, c3.to(tl.float32) * right
     out_at = out + (batch * ROWS + down) * COLUMNS + column
     kind = out.dtype.element_ty
     tl.store(out_at, c0.to(kind), mask=low & (down < ROWS))

@@ -69,7 +69,7 @@ def quantized_matmul(
 
     def columns(s: jax.Array) -> jax.Array:
         s = jnp.swapaxes(s, -1, -2) if transpose_w else s
-        return jnp.broadcast_to(flat(s), (b, groups, n))
+        return flat(jnp.broadcast_to(s, (*lead, groups, n)))
 
     codes = x.dtype == jnp.int8
     call = DenseCall(

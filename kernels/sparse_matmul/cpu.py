@@ -139,7 +139,8 @@ def _scratch_bytes(b: int, m: int, k: int, quantized: bool) -> int:
     """As SparseProblem::scratch_bytes has it: the rows turned, and before that their codes."""
     turned = 0
     if m > 0 and (m > 1 or quantized):
-        whole = (m - 1) // 32 * 32
+        tile = 32 if 32 < m % 64 <= 48 else 64
+        whole = (m - 1) // tile * tile
         last = 1 if m == 1 else max(4, 1 << (m - whole - 1).bit_length())
         turned = aligned(4 * b * k * (whole + last))
     codes = aligned(b * m * k) + aligned(4 * b * m) if quantized else 0

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import _bench_peak
 import _digits_report as report
 import _harness as harness
 import update_readme
@@ -63,10 +64,16 @@ def test_the_tables_of_the_cpu_have_a_column_for_each_work():
     row = lambda work, name, ratio: dict(work=work, name=name, min_ms=2.0, ratio_of_minima=ratio)
     rows = [row("a", "XLA f32", 1.0), row("a", "w8a8", 4.5), row("b", "XLA f32", 1.0)]
     rows += [row("c, pruned", "XLA f32", 1.0), row("c, pruned", "90%", 6.0)]
+    rows[1] |= _bench_peak.share("w8a8", 100, 200, 300, 2.0, dict(int8_gops=24.0, read_gb_s=1.0))
+    most = dict(int8_gops=24.0, float32_gflops=6.0, read_gb_s=1.0)
     environment = dict(
         command="python x", versions=dict(jax="1"), machine=dict(cores=2, processor="P")
     )
-    block = update_readme.cpu_block(dict(rows=rows, native="portable", environment=environment))
+    record = dict(rows=rows, native="portable", environment=environment, peak=most)
+    block = update_readme.cpu_block(record)
+    assert "| w8a8 | 25% |" in block.splitlines()  # 12 million operations in 2 ms: 6 GOP/s
+    one_row = _bench_peak.share("XLA f32", 1, 1000, 500, 4.0, most)  # 2 MB in 4 ms
+    assert one_row == {"of_peak": 0.5, "bound": "read_gb_s"}
     for line in ("| | a | b |", "| XLA f32 | 2.000 ms | 2.000 ms |", "| w8a8 | 4.50 |  |"):
         assert line in block.splitlines()
     assert {"| | c |", "| 90% | 6.00 |"} <= set(block.splitlines())
@@ -199,6 +206,10 @@ def test_interleaved_runs_each_in_turn():
     assert {name: len(t) for name, t in times.items()} == {"a": 6, "b": 6}
     calls.clear()
     assert len(harness.interleaved(runs, repeats=50, budget=0)["a"]) == 5
+    calls.clear()
+    times = harness.interleaved(runs, repeats=5, in_a_row=2)
+    assert "".join(calls) == "ab" + 5 * "aaabbb"  # the first of three does not count
+    assert len(times["b"]) == 10
 
 
 def test_markers_hold_one_block_each():

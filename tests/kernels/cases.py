@@ -71,8 +71,13 @@ def entries(k, n, block):
     return -(-k // block[0]) * -(-n // block[1]) // 4
 
 
-def nm_case(m, k, n, pattern=(2, 4), *, weights=None, bits=8, group=None, dtype="bfloat16"):
-    """The arguments and options of `nm_matmul`; with a `group` values have scales."""
+def nm_case(
+    m, k, n, pattern=(2, 4), *, weights=None, bits=8, group=None, scaled=False, dtype="bfloat16"
+):
+    """The arguments and options of `nm_matmul`; with a `group` values have scales.
+
+    `scaled` integers have one for each row and each column, and a result in bfloat16.
+    """
     kept = k // pattern[1] * pattern[0]
     down = lambda bits: -(-kept // 64) * 8 * bits
     args = [
@@ -82,4 +87,7 @@ def nm_case(m, k, n, pattern=(2, 4), *, weights=None, bits=8, group=None, dtype=
     ]
     args += [Shape((1, k // group, n), jnp.float32)] if group else []
     options = dict(pattern=pattern, dtype="float32" if dtype == "int8" else dtype)
+    if scaled:
+        args += [Shape((1, 1, n), jnp.float32), Shape((1, m, 1), jnp.float32)]
+        options |= dict(bits=bits, dtype="bfloat16")
     return args, options | (dict(bits=bits, group_size=group) if group else {})

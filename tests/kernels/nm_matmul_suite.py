@@ -81,6 +81,17 @@ def check(got, x, w, dtype, decoded="float32"):
     assert np.all(np.abs(np.asarray(got, np.float64) - want) <= bound)
 
 
+def check_scaled(got, sums, scales, dtype):
+    """Exact sums up to 2^24 are floats; two scales and the cast are a rounding each."""
+    want = sums.astype(np.float64)
+    for scale in scales:
+        want = want if scale is None else want * scale.astype(np.float64)
+    assert str(got.dtype) == dtype
+    bound = (4 * EPS["float32"] + EPS[dtype]) * np.abs(want)
+    bound += 2.0**-25 if dtype == "float16" else 0  # below its normal range
+    assert np.all(np.abs(np.asarray(got, np.float64) - want) <= bound)
+
+
 class NMMatmulSuite:
     """`run(*arrays, **options)` calls the kernel; `block(m, n)` makes small blocks."""
 
@@ -140,6 +151,31 @@ class NMMatmulSuite:
             x = np.round(x * 4)
             got = self.run(x, *arrays, np.ones_like(scale), pattern=(2, 4), bits=bits)
             np.testing.assert_array_equal(got, x.astype(np.float64) @ np.round(w / scale))
+
+    @settings(max_examples=max(2, EXAMPLES // 2))
+    @given(
+        m=st.sampled_from(SIZES),
+        groups=st.sampled_from(SIZES[:-1] + [250]),
+        columns=st.sampled_from(SIZES[:-1]),
+        pattern=st.sampled_from(PATTERNS),
+        bits=st.sampled_from([8, 4, 3]),
+        sides=st.sampled_from(["x", "w", "xw"]),
+        dtype=st.integers(0, 2),
+        seed=st.integers(0, 99),
+    )
+    def test_scaled_integers(self, m, groups, columns, pattern, bits, sides, dtype, seed):
+        """Scales of rows and of columns, after sums that are exact."""
+        floats = [d for d in self.dtypes if d != "int8"]
+        dtype = floats[dtype % len(floats)]
+        (*arrays, scale), x, w = integers(
+            m, groups, columns, pattern=pattern, bits=bits, dtype="int8", seed=seed
+        )
+        x_scale = np.random.default_rng(seed).uniform(0.01, 0.1, (1, m, 1)).astype(np.float32)
+        scales = scale if "w" in sides else None, x_scale if "x" in sides else None
+        options = dict(pattern=pattern, bits=bits, block=self.block(m, columns))
+        got = self.run(*arrays, *scales, dtype=dtype, **options)
+        codes = np.round(w / scale.astype(np.float64))
+        check_scaled(got, x.astype(np.int64) @ codes.astype(np.int64), scales, dtype)
 
     def test_packed_integers_times_integers(self):
         (x, *arrays, scale), _, w = integers(5, 100, 20, bits=4, dtype="int8")

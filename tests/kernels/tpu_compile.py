@@ -93,6 +93,12 @@ NM = {
     "2:4, int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, weights="int8"),
     "2:4, int4 by 128, 16 x 4096 x 4096": nm_case(16, 4096, 4096, bits=4, group=128),
     "2:4, int8 x int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, dtype="int8"),
+    "2:4, int8 x int8 scaled, 1024 x 4096 x 4096": nm_case(
+        1024, 4096, 4096, dtype="int8", scaled=True
+    ),
+    "2:4, int8 x int4 scaled, 16 x 4096 x 4096": nm_case(
+        16, 4096, 4096, dtype="int8", bits=4, scaled=True
+    ),
     "4:8, float32, 129 x 5000 x 1000": nm_case(129, 5000, 1000, (4, 8), dtype="float32"),
 }
 KERNELS = {
@@ -185,6 +191,7 @@ def check_rooflines(report, chip, device):
     few.append(("w4a8_matmul", "by 128, 16 x 4096 x 4096", "int8"))
     few.append(("nm_matmul", "2:4, 16 x 4096 x 4096", "bfloat16"))
     few.append(("nm_matmul", "2:4, int4 by 128, 16 x 4096 x 4096", "bfloat16"))
+    few.append(("nm_matmul", "2:4, int8 x int4 scaled, 16 x 4096 x 4096", "int8"))
     for op, case, kind in few:
         kernel, cases = KERNELS[op]
         args, options = cases[case]

@@ -73,8 +73,8 @@ _LABEL = re.compile(r"\s*0x[0-9a-f]+\s+(?:P[BF]|L[BHE]):")
 _BUNDLE = re.compile(r"\s*0x[0-9a-f]+\s")
 
 
-def inner_body(text):
-    """The bundles of the straight pieces of a schedule that have a matrix instruction."""
+def bodies(text):
+    """The bundles of each straight piece of a schedule that has a matrix instruction."""
     pieces, here = [], []
     for line in text.splitlines():
         if not _BUNDLE.match(line):
@@ -87,15 +87,20 @@ def inner_body(text):
             pieces.append(here)
             here = []
     pieces.append(here)
-    return sum(len(p) for p in pieces if any("vmatmul" in line for line in p))
+    return [len(p) for p in pieces if any("vmatmul" in line for line in p)]
 
 
-def bundles(kernel, args, options, device):
+def scheduled(kernel, args, options, device):
+    """The schedule of a kernel's body, and its facts."""
     op = "matmul" if kernel is jax_matmul else kernel.__name__
     files = tpu_compile.compiled(kernel, args, options, device)
     [file] = [f for f in files if re.search(rf"\d-{op}[.\d]*-\d+-final_bundles.txt", f.name)]
-    facts = tpu_compile.schedule(op, files)
-    return {"body": inner_body(file.read_text()), "all": facts["bundles"]}
+    return file.read_text(), tpu_compile.schedule(op, files)
+
+
+def bundles(kernel, args, options, device):
+    text, facts = scheduled(kernel, args, options, device)
+    return {"body": sum(bodies(text)), "all": facts["bundles"]}
 
 
 def check_peers(report, chip, device):

@@ -104,6 +104,12 @@ NM = {
     "2:4, int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, weights="int8"),
     "2:4, int4 by 128, 16 x 4096 x 4096": nm_case(16, 4096, 4096, bits=4, group=128),
     "2:4, int8 x int8, 1024 x 4096 x 4096": nm_case(1024, 4096, 4096, dtype="int8"),
+    "2:4, int8 x int8 scaled, 1024 x 4096 x 4096": nm_case(
+        1024, 4096, 4096, dtype="int8", scaled=True
+    ),
+    "2:4, int8 x int4 scaled, 16 x 4096 x 4096": nm_case(
+        16, 4096, 4096, dtype="int8", bits=4, scaled=True
+    ),
     "4:8, float16, 129 x 5000 x 1000": nm_case(129, 5000, 1000, (4, 8), dtype="float16"),
 }
 KERNELS = {
@@ -204,9 +210,13 @@ def check_sparse(report, chip):
 
     It counts on one number a thread, in their order, and that none moves to another one.
     """
-    for kind, name in (("bfloat16", "HMMA.SP"), ("int8", "IMMA.SP")):
-        args, options = nm_case(16, 4096, 4096, dtype=kind)
-        del options["pattern"]
+    cases = {
+        "bfloat16": ("HMMA.SP", nm_case(16, 4096, 4096)),
+        "int8": ("IMMA.SP", nm_case(16, 4096, 4096, dtype="int8")),
+        "int8 scaled": ("IMMA.SP", nm_case(16, 4096, 4096, dtype="int8", scaled=True)),
+    }
+    for kind, (name, (args, options)) in cases.items():
+        options = {"dtype": options["dtype"]}
         binary, warps = compiled(sparse_kernel.nm_matmul, args, options, chip)
         facts = facts_of(binary, warps, chip)
         wrong = verdict("nm_matmul", facts, chip)

@@ -1,15 +1,20 @@
 """The table of implementations: what is taken, what is said, and that both agree."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
 from checks import quantized, random
 from jaxcompress.kernels import cpu
 from jaxcompress.ops import _choice, _int8_matmul, _quantized_matmul
 from jaxcompress.ops._choice import Implementation, Problem, choose, dispatch
+from jaxcompress.ops._refusal import refused
 
 SMALL, LARGE = Problem(m=1, k=4, n=4), Problem(m=100, k=4, n=4)
 
@@ -74,11 +79,81 @@ def test_one_program_has_the_choice_of_each_platform():
     assert "stablehlo.cosine " in both
 
 
-def test_a_named_implementation_does_not_lower_for_another_platform():
-    x, w = np.zeros((8, 4), np.int8), np.zeros((4, 4), np.int8)
-    fn = jax.jit(lambda x, w: jc.ops.int8_matmul(x, w, implementation="xla"))
-    with pytest.raises(NotImplementedError, match=r"platform.*tpu"):
-        jax.export.export(fn, platforms=["tpu"])(x, w)
+def on_tpus(x, w, scale):
+    return jc.ops.int8_matmul(x, w, w_scale=scale, implementation="pallas_tpu")
+
+
+NAMED = [np.ones((8, 64), np.int8), np.ones((64, 8), np.int8), np.ones((1, 8), np.float32)]
+HERE = "implementation 'pallas_tpu' cannot run on cpu, .*compiled for: it is for TPUs; there '.*'"
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        on_tpus,
+        jax.jit(on_tpus),
+        lambda x, w, s: jax.vmap(on_tpus, (0, None, None))(x[None], w, s),
+        jax.jit(lambda x, w, s: jax.vmap(on_tpus)(x[None], w[None], s[None])),
+        lambda x, w, s: jax.grad(lambda s: on_tpus(x, w, s).sum())(s),
+        jax.jit(lambda x, w, s: jax.value_and_grad(lambda s: on_tpus(x, w, s).sum())(s)),
+        lambda x, w, s: jax.lax.scan(lambda c, x: (c, on_tpus(x, w, s)), 0, x[None]),
+        lambda *args: jax.jit(
+            jax.shard_map(
+                on_tpus,
+                mesh=jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,)),
+                in_specs=(P("d"), P(), P()),
+                out_specs=P("d"),
+            )
+        )(*args),
+    ],
+    ids=["eager", "jit", "vmap", "jit vmap", "grad", "jit grad", "scan", "shard_map"],
+)
+def test_a_named_implementation_gives_its_reason_here(fn):
+    with pytest.raises(ValueError, match=HERE):
+        fn(*NAMED)
+
+
+def test_a_named_implementation_gives_its_reason_without_jit_and_over_explicit_axes():
+    with jax.disable_jit():
+        with pytest.raises(ValueError, match=HERE):
+            on_tpus(*NAMED)
+        assert jc.ops.int8_matmul(*NAMED[:2], implementation="xla")[0, 0] == 64
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(NAMED[0], NamedSharding(mesh, P("d", None)))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=HERE):
+        jax.jit(on_tpus)(x, *NAMED[1:])
+
+
+@pytest.mark.parametrize("platforms", [["tpu"], ["cpu", "tpu"], ["tpu", "rocm"]])
+def test_a_named_implementation_gives_the_reason_of_the_platform_compiled_for(platforms):
+    """One traced program: lowering it decides."""
+    traced = jax.jit(on_tpus).trace(*NAMED)
+    lower = lambda: traced.lower(lowering_platforms=tuple(platforms))
+    export = lambda: jax.export.export(jax.jit(on_tpus), platforms=platforms)(*NAMED)
+    for run in (lower, export):
+        if platforms == ["tpu"]:
+            run()
+            continue
+        [wrong] = {*platforms} - {"tpu"}
+        with pytest.raises(ValueError, match=f"cannot run on {wrong}, .*: it is for TPUs"):
+            run()
+
+
+def test_a_platform_that_the_library_does_not_know_has_a_reason():
+    stop = refused(jnp.sin, {"cpu": "not here"}, "it is for another one")
+    for platform, why in (("cpu", "not here"), ("METAL", "it is for another one")):
+        with pytest.raises(ValueError, match=why):
+            jax.jit(stop).trace(np.float32(0)).lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (0,)])
+def test_a_named_kernel_takes_no_rows(lead):
+    """The kernels flatten leading dimensions, whose number zero elements leave open."""
+    x, w = np.zeros((*lead, 0, 64), np.int8), np.zeros((*lead, 64, 8), np.int8)
+    op = functools.partial(jc.ops.int8_matmul, implementation="pallas_tpu")
+    for fn, given in ((op, x), (jax.vmap(op, (0, None)), np.stack([x, x]))):
+        [out] = jax.export.export(jax.jit(fn), platforms=["tpu"])(given, w).out_avals
+        assert out.shape == (*given.shape[:-1], 8)
 
 
 def test_the_platforms_are_those_of_jax():

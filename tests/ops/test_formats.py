@@ -7,7 +7,7 @@ import pytest
 
 import jaxcompress as jc
 from checks import quantized, random
-from jaxcompress.arrays import OddType
+from jaxcompress.arrays import Activation, OddType
 from jaxcompress.quantize import Spec
 
 SPECS = {
@@ -104,6 +104,66 @@ def test_float_activations_of_eight_bits():
     assert "not xla: cpu has no unit for floats of eight bits" in row.why
     twin = jc.quantize.prepare_qat({"w": jnp.asarray(w)}, {"w": spec})
     np.testing.assert_array_equal(jax.jit(jc.accelerate(matmul))(twin, x), got)
+
+
+def in_blocks(x):
+    """`x` in MX's eight-bit floats, 32 neighbours of the last axis after another; what fits."""
+    import ml_dtypes
+
+    out, fits = np.zeros(x.shape, np.float64), np.zeros(x.shape, bool)
+    for start in range(0, x.shape[-1], 32):
+        part = x[..., start : start + 32].astype(np.float64)
+        largest = np.abs(part).max(-1, keepdims=True)
+        scale = 2.0 ** (np.floor(np.log2(np.where(largest > 0, largest, 256.0))) - 8)
+        numbers = np.clip(part / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        out[..., start : start + 32] = numbers.astype(np.float64) * scale
+        fits[..., start : start + 32] = np.abs(part / scale) <= 448
+    return out, fits
+
+
+@pytest.mark.parametrize(
+    ("w_shape", "x_shape", "axis"),
+    [((70, 5), (9, 70), -2), ((5, 96), (2, 3, 96), -1), ((2, 20, 5), (2, 9, 20), -2)],
+    ids=["rows", "turned", "one block, matrices"],
+)
+def test_blocks_of_eight_bit_floats_on_both_sides(w_shape, x_shape, axis):
+    w, x = random(*w_shape), random(*x_shape, seed=1)
+    x[..., :3] *= 1000  # one block far above the others
+    x[..., 0, :] = 0
+    fn = (lambda p, x: x @ p["w"].T) if axis == -1 else matmul
+    spec = jc.quantize.mxfp8(axis=axis, activations=True)
+    q = quantized(w, spec)
+    stored = dense(q)
+    columns = np.swapaxes(stored, -1, -2) if axis == -1 else stored
+    turned = np.swapaxes(columns, -1, -2)
+    want, _ = in_blocks(w if axis == -1 else np.swapaxes(w, -1, -2))
+    np.testing.assert_array_equal(turned, want)
+    seen, fits = in_blocks(x)
+    got = jax.jit(jc.accelerate(fn))({"w": q}, x)
+    assert_near(got, seen @ columns, np.abs(seen) @ np.abs(columns))
+    # Through the rounding, but for what saturates.
+    grads = jax.grad(lambda x: jc.accelerate(fn)({"w": q}, x).sum())(jnp.asarray(x))
+    ones = np.ones(got.shape)
+    assert not fits.all()
+    assert_near(grads, np.where(fits, ones @ turned, 0), ones @ np.abs(turned))
+    twin = jc.quantize.prepare_qat({"w": jnp.asarray(w)}, {"w": spec})
+    simulated = jax.jit(jc.accelerate(fn))(twin, x)
+    assert_near(simulated, seen @ columns, np.abs(seen) @ np.abs(columns))
+    for platform, name in (("cpu", "reference"), ("tpu", "reference")):
+        [row] = jc.explain(fn, {"w": q}, x, platform=platform)
+        assert (row.op, row.implementation) == ("scaled_matmul", name)
+
+
+def test_activations_in_blocks_meet_any_weight_and_have_scales_of_their_own():
+    kind, x = jc.quantize.mxfp8().qtype, random(9, 70, seed=1)
+    q = quantized(random(70, 5), Spec(qtype=jc.quantize.int8().qtype, act=Activation(kind)))
+    got, (seen, _) = jax.jit(jc.accelerate(matmul))({"w": q}, x), in_blocks(x)
+    assert_near(got, seen @ dense(q), np.abs(seen) @ np.abs(dense(q)))
+    for options in (dict(static=True, per_token=False), dict(per_token=False)):
+        with pytest.raises(ValueError, match="for 32 of a token; got float8_e4m3"):
+            Activation(kind, **options)
+    with pytest.raises(ValueError, match="scales_e4m3, static=False"):
+        Activation(jc.quantize.nvfp4().qtype)
 
 
 VIEWS = {

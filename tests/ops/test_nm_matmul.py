@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jaxcompress as jc
 import oracles
 from checks import assert_sums, random
-from jaxcompress.ops import _kernels, _nm_matmul
+from jaxcompress.ops import _kernels, _nm_linear, _nm_matmul
 from jaxcompress.ops._choice import Problem
 
 
@@ -105,6 +105,44 @@ def test_codes_with_scales_and_their_gradients(bits, group_size):
         np.testing.assert_allclose((dscale * arrays[2]).sum(), y.sum(), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 12)])
+@pytest.mark.parametrize("sides", ["x", "w", "xw"])
+def test_scaled_products_of_integers_are_those_of_the_dense_matrix(bits, group_size, sides):
+    if group_size and "w" not in sides:
+        group_size = None
+    for lead in ((), (3,)):
+        (values, indices, scale), w = scaled(lead, 20, 9, bits, group_size)
+        rng = np.random.default_rng(1)
+        x = rng.integers(-128, 128, (*(lead or (2,)), 5, 80)).astype(np.int8)
+        x_scale = rng.uniform(0.5, 2, (*x.shape[:-1], 1)).astype(np.float32)
+        scales = {"x_scale": x_scale} if "x" in sides else {}
+        more = {"scale": scale} if "w" in sides else {}
+        options = dict(group_size=group_size, dtype=jnp.float32)
+        run = lambda scales, more, values=values, indices=indices, x=x, options=options: (
+            jc.ops.nm_matmul(x, values, indices, n=2, m=4, bits=bits, **scales, **more, **options)
+        )
+        y, back = jax.vjp(run, scales, more)
+        at = np.arange(80) // (group_size or 80)
+        codes = np.round(w / scale.astype(np.float64)[..., at, :]).astype(np.int8)
+        named = {"w_scale": scale} if more else {}
+        dense = jc.ops.int8_matmul(x, codes, **scales, **named, **options)
+        np.testing.assert_array_equal(y, dense)
+        w = w if more else codes.astype(np.float64)
+        wide = x.astype(np.float64) * (x_scale if scales else 1)
+        assert_sums(y, wide @ w, abs(wide) @ abs(w), 20)
+        # Linear in either side's scales: with all of them, they give their gradients.
+        for operands, found in zip((scales, more), back(jnp.ones_like(y))):
+            for name, a in operands.items():
+                np.testing.assert_allclose((found[name] * a).sum(), y.sum(), rtol=1e-4)
+
+
+def test_a_scale_for_the_rows_alone_is_for_integers():
+    values, indices, _, _ = problem((), 8, 4, 2, 4, codes=True)
+    x_scale = np.ones((2, 1), np.float32)
+    with pytest.raises(TypeError, match="the rows of an int8 x; it is float32"):
+        jc.ops.nm_matmul(random(2, 32), values, indices, n=2, m=4, x_scale=x_scale)
+
+
 @pytest.mark.parametrize("codes", [False, True])
 def test_the_kernel_for_tpus_in_the_op(codes, monkeypatch):
     kernel = lambda table, problem, implementation, *args: table[0].run(*args)
@@ -122,6 +160,13 @@ def test_the_kernel_for_tpus_in_the_op(codes, monkeypatch):
         with pltpu.force_tpu_interpret_mode():
             y = jc.ops.nm_matmul(x, values, indices, scale[:, :1], **options)
         assert_sums(y, x @ w, abs(x) @ abs(w), 320)
+        # Integers on both sides, rows and columns scaled after the sums.
+        (values, indices, scale), w = scaled((), 80, 130, 4, None)
+        x, x_scale = (random(2, 5, 320) * 20).astype(np.int8), abs(random(2, 5, 1, seed=1))
+        with pltpu.force_tpu_interpret_mode():
+            y = jc.ops.nm_matmul(x, values, indices, scale, n=2, m=4, bits=4, x_scale=x_scale)
+        wide = x.astype(np.float64) * x_scale
+        assert_sums(y, wide @ w, abs(wide) @ abs(w), 3)  # exact sums, two scales
 
 
 @pytest.mark.parametrize(
@@ -133,6 +178,7 @@ def test_the_kernel_for_tpus_in_the_op(codes, monkeypatch):
         ((3, 5), "float32", "float32", "tpu", "reference", "up to 4 of 16, not 3:5"),
         ((8, 16), "float32", "float32", "cuda", "reference", "up to 4 of 16, not 8:16"),
         ((2, 4), "float16", "int8", "cuda", "triton", ""),
+        ((2, 4), "int8", "int8", "cuda", "triton", ""),
         ((2, 4), "float16", "float64", "cuda", "reference", "not float64"),
         ((2, 4), "float32", "float32", "cpu", "reference", "it is for TPUs"),
     ],
@@ -154,6 +200,8 @@ SPECS = {
     "floats": None,
     "int8": jc.quantize.int8(),
     "int4 by 128": jc.quantize.int4(group_size=128),
+    "w8a8": jc.quantize.w8a8(),
+    "w4a8, offsets": jc.quantize.w4a8(act_symmetric=False),
 }
 
 
@@ -167,11 +215,55 @@ def test_explain_and_the_program_agree_for_tpus(spec):
     params = jc.prune.pack(params, masks, pattern=pattern)
     fn, x = lambda p, x: x @ p["w"], random(16, 512)
     for platform, name in (("tpu", "pallas_tpu"), ("cpu", "reference")):
-        [row] = jc.explain(fn, params, x, platform=platform)
-        assert (row.op, row.implementation) == ("nm_matmul", name)
+        row, *more = jc.explain(fn, params, x, platform=platform)
+        integers = params["w"].act is not None and platform == "cpu"
+        assert (row.op, row.implementation) == ("nm" if integers else "nm_matmul", name)
+        assert row.why.startswith("rows quantized, then kept values") == (
+            params["w"].act is not None and platform == "tpu"
+        )
+        # Without a kernel of its own it is the dense product of integers, as before.
+        assert [r.op for r in more] == ["int8_matmul"] * integers
     exported = jax.export.export(jax.jit(jc.accelerate(fn)), platforms=["tpu"])(params, x)
     assert exported.mlir_module().count("@tpu_custom_call") == 1
     assert "512x256x" not in exported.mlir_module()  # no dense weight
+
+
+@pytest.mark.parametrize(
+    ("matrices", "options"),
+    [
+        ((2, 3), {}),
+        ((), dict(act_symmetric=False)),
+        ((), dict(static=True)),
+        ((3,), dict(per_token=False, axis=(0, -2))),
+    ],
+    ids=["rows", "offsets", "static", "shared"],
+)
+def test_what_kernels_multiply_is_what_the_dense_integers_are(options, matrices, monkeypatch):
+    """The steps around a kernel, with the reference in its place, and the gradients."""
+    pattern = jc.prune.nm(2, 4, axis=-2)
+    w, x = {"w": jnp.asarray(random(*matrices, 32, 12))}, jnp.asarray(random(*matrices, 5, 32))
+    fn = lambda p, x: jax.nn.relu(x @ p["w"] + jnp.arange(12.0)) + 1
+    spec = {"w": jc.quantize.w8a8(**options)}
+    stats = jc.calibrate(fn, w, [x], jc.statistics.absmax()) if options.get("static") else None
+    masks = jc.prune.mask({"w": abs(w["w"])}, pattern, 1.0)
+    q = jc.quantize.quantize(w, spec, stats=stats)
+    packed = jc.prune.pack(q, masks, pattern=pattern)
+    dense = {"w": packed["w"].expanded()}
+    loss = lambda p, x: (jc.accelerate(fn)(p, x) ** 2).sum()
+    run = lambda p: jax.jit(lambda x: jax.value_and_grad(loss, 1)(p, x))(x)
+    want, dwant = run(dense)
+    taken = []
+
+    def kernel(table, problem, implementation, *args):
+        taken.append(problem.dtype)
+        return table[0].run(*args)
+
+    monkeypatch.setattr(_nm_linear, "dispatch", kernel)
+    got, dgot = run(packed)
+    # Equal integers; scales and what follows are a few roundings in another order.
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(dgot, dwant, rtol=1e-4, atol=1e-4)
+    assert taken == ["int8"]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +272,10 @@ def test_explain_and_the_program_agree_for_tpus(spec):
         ({}, "bfloat16", "no device has run it"),
         (dict(n=1), "bfloat16", "two of four, not 1:4"),
         ({}, "float32", "alike, not float32 x bfloat16"),
-        (dict(weights="int8", bits=4), "int8", "neither packed nor scaled"),
-        (dict(scaled=True), "bfloat16", "neither packed nor scaled"),
+        (dict(weights="int8", bits=4), "int8", "as they are, not packed"),
+        (dict(scaled=True), "bfloat16", "it scales integers, not floats"),
+        (dict(weights="int8", scaled=True), "int8", "no device has run it"),
+        (dict(weights="int8", scaled=True, group_size=64), "int8", "not groups of 64"),
     ],
 )
 def test_sparse_tensor_cores_are_taken_by_name_alone(changes, dtype, reason, monkeypatch):
@@ -193,7 +287,7 @@ def test_sparse_tensor_cores_are_taken_by_name_alone(changes, dtype, reason, mon
     problem = Problem(m=16, k=1024, n=1024, dtype=dtype)
     said = sparse.refuses(problem, "cuda") or sparse.defers(problem, "cuda")
     assert reason in said
-    assert (sparse.refuses(problem, "cuda") is None) == (not changes and dtype == "bfloat16")
+    assert (sparse.refuses(problem, "cuda") is None) == (reason == "no device has run it")
     assert "NVIDIA" in sparse.refuses(problem, "tpu")
 
 

@@ -154,6 +154,17 @@ def test_fp8_of_both_sides_goes_to_xla_as_it_is(monkeypatch):
     assert product.count("f8E4M3FN") == 2
 
 
+def test_mxfp8_of_both_sides_is_a_product_of_scaled_blocks(monkeypatch):
+    monkeypatch.setattr(_scaled_matmul, "chip", lambda platform: "10.0")
+    spec = jc.quantize.mxfp8(activations=True)
+    params = jc.quantize.quantize({"w": jnp.ones((64, 8))}, {"w": spec})
+    fn, x = lambda p, x: x @ p["w"], jnp.ones((16, 64))
+    [row] = jc.explain(fn, params, x, platform="cuda")
+    assert (row.op, row.implementation) == ("scaled_matmul", "scaled_dot")
+    [product] = products(jc.accelerate(fn), params, x)
+    assert "__op$block_scaled_dot" in product
+
+
 OK = problem((), 2, 64, 3, group=32)
 
 
