@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -42,7 +43,10 @@ class Int8MatmulSuite:
     def block(self, m, n, k):
         raise NotImplementedError
 
-    @settings(max_examples=EXAMPLES)
+    # A backend inherits it once for each of its chips, in one file.
+    @settings(
+        max_examples=EXAMPLES, suppress_health_check=[hypothesis.HealthCheck.differing_executors]
+    )
     @given(
         m=st.sampled_from(SIZES),
         k=st.sampled_from(SIZES),
