@@ -33,7 +33,7 @@ STEPS = {
     "compiled by Mosaic for GPUs": ([str(HERE / "mosaic_compile.py")], {}),
     "run in Pallas' interpreter for GPUs": (
         [*PYTEST, str(HERE / "check_pallas_gpu.py")],
-        {"KERNEL_EXAMPLES": "4"},
+        {"KERNEL_EXAMPLES": "2"},
     ),
     "beside JAX's own kernel": ([str(HERE / "tpu_peers.py")], {}),
     "planted faults": ([str(HERE / "faults.py")], {}),
