@@ -27,7 +27,7 @@ def _dense(key: jax.Array, a: int, b: int) -> dict[str, jax.Array]:
 def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """Of each image and channel; sums and squares in one pass over memory, its main cost."""
     mean = jnp.mean(x, (1, 2), keepdims=True)
-    variance = jnp.mean(x * x, (1, 2), keepdims=True) - mean**2
+    variance = jnp.maximum(jnp.mean(x * x, (1, 2), keepdims=True) - mean**2, 0)
     scale = jax.lax.rsqrt(variance + 1e-5) * scale
     return x * scale + (bias - mean * scale)
 

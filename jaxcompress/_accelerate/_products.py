@@ -21,7 +21,7 @@ from jaxcompress.arrays._reshape import reshape
 from jaxcompress.arrays._uses import listener
 from jaxcompress.arrays._views import groups, transpose
 from jaxcompress.ops import _sparse_matmul
-from jaxcompress.ops._activations import encode_activations
+from jaxcompress.ops._activations import encode_activations, in_blocks
 from jaxcompress.ops._gradients import quantized_gradient_convolution
 from jaxcompress.ops._linear import Weight, linear, plan
 
@@ -173,7 +173,12 @@ def convolution(x: jax.Array, w: QuantizedArray, params: dict[str, Any], dtype: 
     if w.zero_point is not None:
         return "a convolution takes no zero points"
     x_scale = None
-    if w.act is not None:  # a token is an example here: one scale for each image
+    if w.act is not None and in_blocks(w.act):  # a token is a pixel: blocks are of its features
+        feature = numbers.lhs_spec[1]
+        rows = jnp.moveaxis(x, feature, -1)
+        codes, _ = _centred(rows.reshape(-1, x.shape[feature]), w)
+        x = jnp.moveaxis(codes.reshape(rows.shape), -1, feature)
+    elif w.act is not None:  # a token is an example: one scale for each image
         first = numbers.lhs_spec[0]
         rows = jnp.moveaxis(x, first, 0)
         codes, x_scale = _centred(rows.reshape(x.shape[first], -1), w)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays._rounding import scale_of
-from jaxcompress.ops._int8_matmul import MAX_K, int8_matmul
+from jaxcompress.ops._int8_matmul import int8_matmul
+from jaxcompress.ops._operands import MAX_K
 from jaxcompress.ops._quantized_matmul import float_dot
 
 __all__ = ["quantized_gradient_convolution", "quantized_gradient_dot", "stochastic_round"]

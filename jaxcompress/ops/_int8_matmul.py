@@ -15,13 +15,9 @@ from jaxcompress.ops._choice import Implementation, Problem, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
 from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._kernels import blocks_of, call_kernel, chip, no_pallas_tpu, no_triton
+from jaxcompress.ops._operands import check_scales, check_sums, matmul_shape, row_scales
 
-__all__ = ["MAX_K", "int8_matmul"]
-
-# The longest sum of products of two bytes that an int32 can hold: 2^31 / 128^2, less one.
-# With a zero point the weight's side of a product is as large as 255: 2^31 / (128 255).
-MAX_K = 131_071
-MAX_K_ZERO_POINT = 65_793
+__all__ = ["int8_matmul"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +101,14 @@ def int8_matmul(
         raise TypeError(f"int8_matmul takes int8; w_zero_point is {w_zero_point.dtype}")
     check_sums(min(k, group_size or k), w_zero_point is not None)
     check_scales({"bias": bias, "out_scale": out_scale}, w.shape[:-2], k, n, None)
+    x_scale = row_scales("x_scale", x_scale, (*lead, m, 1))
     if activation is not None and activation not in _ACTIVATIONS:
         names = ", ".join(map(repr, _ACTIVATIONS))
         raise ValueError(f"expected an activation of {names}, or None; got {activation!r}")
     if w.ndim == 2:  # one product of all rows
         rows = math.prod(lead) * m
         x, w = x.reshape(1, rows, k), w[None]
-        if x_scale is not None:
-            x_scale = jnp.broadcast_to(x_scale, (*lead, m, 1)).reshape(1, rows, 1)
+        x_scale = None if x_scale is None else x_scale.reshape(1, rows, 1)
         w_scale = None if w_scale is None else w_scale[None]
         w_zero_point = None if w_zero_point is None else w_zero_point[None]
         bias, out_scale = (None if a is None else a[None] for a in (bias, out_scale))
@@ -149,51 +145,6 @@ def _backward(static, residuals, g):
 
 
 _matmul.defvjp(_forward, _backward)
-
-
-def matmul_shape(
-    x: tuple[int, ...], w: tuple[int, ...], transpose_w: bool
-) -> tuple[tuple[int, ...], int, int, int]:
-    """`(leading dimensions, m, k, n)` of a product, or a `ValueError`."""
-    if len(x) < 2 or len(w) < 2:
-        raise ValueError(f"expected x[..., m, k] and w[k, n]; got shapes {x} and {w}")
-    k, n = (w[-1], w[-2]) if transpose_w else (w[-2], w[-1])
-    if x[-1] != k or (len(w) > 2 and w[:-2] != x[:-2]):
-        order = "[..., n, k]" if transpose_w else "[..., k, n]"
-        raise ValueError(f"expected x[..., m, k] and w{order}; got shapes {x} and {w}")
-    return x[:-2], x[-2], k, n
-
-
-def check_scales(
-    scales: dict[str, jax.Array | None],
-    lead: tuple[int, ...],
-    k: int,
-    n: int,
-    group_size: int | None,
-    transpose: bool = False,
-) -> int:
-    """The number of groups; raises unless all scales are `[*lead, g, n]`, or 1 in place of each."""
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size must be positive; got {group_size}")
-    groups = 1 if group_size is None or group_size >= k else -(-k // group_size)
-    expected = (*lead, n, groups) if transpose else (*lead, groups, n)
-    for name, scale in scales.items():
-        if scale is None:
-            continue
-        fits = len(scale.shape) == len(expected)
-        if not fits or any(s not in (1, e) for s, e in zip(scale.shape, expected)):
-            raise ValueError(
-                f"expected {name} of the shape {expected}, with 1 for what is shared; "
-                f"got {scale.shape}"
-            )
-    return groups
-
-
-def check_sums(longest: int, has_zero: bool) -> None:
-    """Raises if a sum of so many products may leave int32."""
-    limit = MAX_K_ZERO_POINT if has_zero else MAX_K
-    if longest > limit:
-        raise ValueError(f"int8_matmul sums at most {limit} products exactly; got k = {longest}")
 
 
 def scaled_sums(

@@ -23,7 +23,8 @@ from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, e
 from jaxcompress.ops._cpu import cpu_refuses, needs_packing
 from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._gradients import quantized_gradient_dot
-from jaxcompress.ops._int8_matmul import check_sums, int8_matmul, scaled_sums
+from jaxcompress.ops._int8_matmul import int8_matmul, scaled_sums
+from jaxcompress.ops._operands import check_sums
 from jaxcompress.ops._quantized_matmul import (
     batched,
     decode,

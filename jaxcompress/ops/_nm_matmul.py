@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxcompress.arrays._nm import fill, index_bits
 from jaxcompress.arrays._packing import packed_size, unpack
 from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
-from jaxcompress.ops._int8_matmul import check_scales, check_sums, int8_matmul, matmul_shape
+from jaxcompress.ops._int8_matmul import int8_matmul, integer_dot
 from jaxcompress.ops._kernels import (
     blocks_of,
     call_kernel,
@@ -20,6 +20,7 @@ from jaxcompress.ops._kernels import (
     no_triton,
     not_cut,
 )
+from jaxcompress.ops._operands import MAX_K, check_scales, check_sums, matmul_shape, row_scales
 from jaxcompress.ops._quantized_matmul import float_dot, quantized_matmul
 
 __all__ = ["nm_matmul", "plan", "table"]
@@ -85,7 +86,8 @@ def nm_matmul(
 
     Raises:
       TypeError: an operand has a dtype that is not named above.
-      ValueError: shapes do not match, or the implementation cannot run, with the reason.
+      ValueError: shapes do not match, a sum of int8 has more than 131,071 products (kept ones;
+        with scales, all of a group or of `k`), or the implementation cannot run, with the reason.
 
     >>> import jax.numpy as jnp, jaxcompress as jc
     >>> w = jnp.arange(1.0, 257.0).reshape(64, 4)
@@ -125,12 +127,15 @@ def nm_matmul(
             f"{n} of {m} along {x.shape[-1]} are values[..., {held}, columns] and indices[..., "
             f"{stored}, columns]; got values{values.shape} and indices{indices.shape}"
         )
-    if integers:
-        check_sums(min(x.shape[-1], group_size or x.shape[-1]), False)
     if scale is not None and not is_code:
         raise TypeError(f"nm_matmul scales codes, not values of {values.dtype}")
     if x_scale is not None and not integers:
         raise TypeError(f"nm_matmul scales the rows of an int8 x; it is {x.dtype}")
+    sums = integers and scale is None and x_scale is None
+    if integers:  # scales are those of the product with zeros put back, which counts them
+        check_sums(kept if sums else min(x.shape[-1], group_size or x.shape[-1]), False)
+    if dtype is not None and not sums and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"nm_matmul gives floats, but of int8 without scales; got dtype={dtype}")
     if group_size is not None and (scale is None or group_size < 1 or group_size % m):
         raise ValueError(
             f"expected a scale, and a group_size that {m} divides; got {group_size} and "
@@ -139,20 +144,18 @@ def nm_matmul(
     check_scales({"scale": scale}, values.shape[:-2], x.shape[-1], values.shape[-1], group_size)
     unpacked = (*values.shape[:-2], x.shape[-1], values.shape[-1])
     lead, rows, k, columns = matmul_shape(x.shape, unpacked, False)
+    x_scale = row_scales("x_scale", x_scale, (*lead, rows, 1))
     if values.ndim == 2:  # one product of all rows
         count = math.prod(lead) * rows
         x, values, indices = x.reshape(1, count, k), values[None], indices[None]
         scale = None if scale is None else scale[None]
-        if x_scale is not None:
-            x_scale = jnp.broadcast_to(x_scale, (*lead, rows, 1)).reshape(1, count, 1)
+        x_scale = None if x_scale is None else x_scale.reshape(1, count, 1)
     else:
         flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
         if scale is not None:
             scale = flat(jnp.broadcast_to(scale, (*values.shape[:-2], *scale.shape[-2:])))
-        if x_scale is not None:
-            x_scale = flat(jnp.broadcast_to(x_scale, (*lead, rows, 1)))
+        x_scale = None if x_scale is None else flat(x_scale)
         x, values, indices = map(flat, (x, values, indices))
-    sums = integers and scale is None and x_scale is None
     kind = jnp.int32 if sums else dtype or jnp.promote_types(x.dtype, jnp.float32)
     static = _Static(
         n,
@@ -223,6 +226,8 @@ def _reference(static, x, values, indices, scale, x_scale):
         values = unpack(values, static.bits, x.shape[-1] // static.m * static.n, -2)
     w = fill(values, indices, static.n, static.m, x.shape[-1], -2)
     options = dict(group_size=static.group_size, dtype=static.dtype)
+    if static.dtype == "int32" and x.shape[-1] > MAX_K:  # of which zeros do not count
+        return integer_dot(x, w, False)
     if x.dtype == jnp.int8:
         return int8_matmul(x, w, x_scale=x_scale, w_scale=scale, **options)
     if scale is not None:

@@ -17,12 +17,7 @@ from jaxcompress.arrays._panels import from_panels
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
 from jaxcompress.ops._epilogue import finish, in_places
-from jaxcompress.ops._int8_matmul import (
-    MAX_K_ZERO_POINT,
-    check_scales,
-    matmul_shape,
-    scaled_sums,
-)
+from jaxcompress.ops._int8_matmul import scaled_sums
 from jaxcompress.ops._kernels import (
     blocks_of,
     call_kernel,
@@ -31,6 +26,7 @@ from jaxcompress.ops._kernels import (
     no_triton,
     not_cut,
 )
+from jaxcompress.ops._operands import MAX_K_ZERO_POINT, check_scales, matmul_shape
 
 __all__ = ["quantized_matmul"]
 

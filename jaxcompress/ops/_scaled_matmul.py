@@ -11,8 +11,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
-from jaxcompress.ops._int8_matmul import check_scales, matmul_shape, scaled_sums
+from jaxcompress.ops._int8_matmul import scaled_sums
 from jaxcompress.ops._kernels import chip
+from jaxcompress.ops._operands import check_scales, matmul_shape
 from jaxcompress.ops._quantized_matmul import float_dot
 
 __all__ = ["plan", "scaled_matmul"]

@@ -12,13 +12,7 @@ from jax.typing import DTypeLike
 from jaxcompress.arrays._packing import packed_size, unpack
 from jaxcompress.ops._choice import Implementation, Problem, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
-from jaxcompress.ops._int8_matmul import (
-    check_scales,
-    check_sums,
-    integer_dot,
-    matmul_shape,
-    scaled_sums,
-)
+from jaxcompress.ops._int8_matmul import integer_dot, scaled_sums
 from jaxcompress.ops._kernels import (
     blocks_of,
     call_kernel,
@@ -27,6 +21,7 @@ from jaxcompress.ops._kernels import (
     no_triton,
     not_cut,
 )
+from jaxcompress.ops._operands import check_scales, check_sums, matmul_shape
 
 __all__ = ["w4a8_matmul"]
 

@@ -2,8 +2,8 @@
 //
 // The rows are turned first, so that a vector holds one entry of many of them: each value of
 // the weight is then multiplied with whole vectors, wherever it lies. A group of columns goes
-// through `k` together, part by part: what one of them has read of the turned rows is in the
-// first cache for the others. The values lie in that order, a stream; within a part the columns
+// through `k` together, part by part: what one of them has read of the turned rows is in a
+// near cache for the others. The values lie in that order, a stream; within a part the columns
 // with few values come first, so that the length of a run is foreseen.
 #pragma once
 
@@ -16,7 +16,7 @@ constexpr size_t kGroup = 64;
 
 struct SparseProblem {
   size_t batch, m, k, n;
-  size_t part;     // entries along k that are gone through at once; 256 of 32 rows are 32 KB, of 64 still near
+  size_t part;     // entries along k that are gone through at once; 256 of 32 rows are 32 KB
   size_t kept;     // values of each batch, padding at the end included
   bool quantized;  // the rows become int8 codes first
 

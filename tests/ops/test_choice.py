@@ -118,6 +118,7 @@ def test_a_named_implementation_gives_its_reason_without_jit_and_over_explicit_a
         with pytest.raises(ValueError, match=HERE):
             on_tpus(*NAMED)
         assert jc.ops.int8_matmul(*NAMED[:2], implementation="xla")[0, 0] == 64
+        assert jc.ops.int8_matmul(*NAMED[:2])[0, 0] == 64
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(NAMED[0], NamedSharding(mesh, P("d", None)))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=HERE):

@@ -166,6 +166,21 @@ def test_activations_in_blocks_meet_any_weight_and_have_scales_of_their_own():
         Activation(jc.quantize.nvfp4().qtype)
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_blocks_of_an_image_are_features_of_a_pixel(layout):
+    kind, image = jc.quantize.mxfp8().qtype, random(2, 5, 6, 40, seed=1)
+    spec = Spec(qtype=jc.quantize.int8().qtype, axis=(0, 1, 2), act=Activation(kind))
+    q = quantized(random(3, 3, 40, 4), spec)
+    turned = lambda x: jnp.moveaxis(x, -1, layout.index("C"))
+    conv = lambda w, x: jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=(layout, "HWIO", "NHWC")
+    )
+    seen, _ = in_blocks(image.reshape(-1, 40))
+    want = conv(q.materialise(), turned(jnp.asarray(seen.reshape(image.shape), jnp.float32)))
+    got = jax.jit(jc.accelerate(conv))(q, turned(jnp.asarray(image)))
+    np.testing.assert_allclose(got, want, atol=1e-4)  # sums of 360 floats of size 1
+
+
 VIEWS = {
     "transpose": lambda w: w.T,
     "rows": lambda w: w[2:5],

@@ -143,6 +143,28 @@ def test_a_scale_for_the_rows_alone_is_for_integers():
         jc.ops.nm_matmul(random(2, 32), values, indices, n=2, m=4, x_scale=x_scale)
 
 
+def test_the_bound_of_a_sum_counts_kept_values_and_with_scales_the_zeros_too():
+    k, seen = 262_140, jnp.ones((1, 262_140), jnp.int8)
+    values, places = np.full((k // 2, 1), 127, np.int8), np.tile([[0], [1]], (k // 4, 1))
+    indices = oracles.pack(places, 2, -2)
+    y = jc.ops.nm_matmul(127 * seen, values, indices, n=2, m=4)
+    assert int(y[0, 0]) == 127 * 127 * k // 2
+    with pytest.raises(ValueError, match="at most 131071 products of int8; got 262140"):
+        jc.ops.nm_matmul(seen, values, indices, n=2, m=4, scale=jnp.ones((1, 1)))
+
+
+def test_scales_of_rows_are_floats_that_fit_and_so_is_the_result():
+    values, indices, _, _ = problem((), 4, 3, 2, 4, codes=True)
+    x = np.ones((2, 5, 16), np.int8)
+    run = lambda **options: jc.ops.nm_matmul(x, values, indices, n=2, m=4, **options)
+    with pytest.raises(ValueError, match=r"x_scale that broadcasts to \(2, 5, 1\); got \(4, 1\)"):
+        run(x_scale=jnp.ones((4, 1)))
+    with pytest.raises(TypeError, match="x_scale is of floats; got int32"):
+        run(x_scale=jnp.ones((5, 1), jnp.int32))
+    with pytest.raises(TypeError, match="of int8 without scales; got dtype"):
+        run(x_scale=jnp.ones((5, 1)), dtype=jnp.int32)
+
+
 @pytest.mark.parametrize("codes", [False, True])
 def test_the_kernel_for_tpus_in_the_op(codes, monkeypatch):
     kernel = lambda table, problem, implementation, *args: table[0].run(*args)
