@@ -15,7 +15,14 @@ from jaxcompress.ops._choice import Implementation, Problem, dispatch
 from jaxcompress.ops._cpu import cpu_refuses
 from jaxcompress.ops._epilogue import finish, in_places
 from jaxcompress.ops._kernels import blocks_of, call_kernel, chip, no_pallas_tpu, no_triton
-from jaxcompress.ops._operands import check_scales, check_sums, matmul_shape, row_scales
+from jaxcompress.ops._operands import (
+    check_scales,
+    check_sums,
+    matmul_shape,
+    one_batch,
+    row_scales,
+    spread,
+)
 
 __all__ = ["int8_matmul"]
 
@@ -301,8 +308,6 @@ def _fused(static, kernel, chip, is_cut, x, w, x_scale, w_scale, zero, bias, out
     if k == 0:  # a kernel has no step in which to add a bias
         return _reference(static, x, w, x_scale, w_scale, zero, bias, out_scale)
     n = w.shape[-2] if static.transpose_w else w.shape[-1]
-    flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
-    spread = lambda s, *shape: None if s is None else flat(jnp.broadcast_to(s, (*lead, *shape)))
     run = functools.partial(
         kernel,
         transpose_w=static.transpose_w,
@@ -314,13 +319,13 @@ def _fused(static, kernel, chip, is_cut, x, w, x_scale, w_scale, zero, bias, out
     out = call_kernel(
         run,
         letters,
-        flat(x),
-        flat(w),
-        spread(x_scale, m, 1),
-        spread(w_scale, 1, n),
-        spread(zero, 1, n),
-        spread(bias, 1, n),
-        spread(out_scale, 1, n),
+        one_batch(x),
+        one_batch(w),
+        spread(x_scale, *lead, m, 1),
+        spread(w_scale, *lead, 1, n),
+        spread(zero, *lead, 1, n),
+        spread(bias, *lead, 1, n),
+        spread(out_scale, *lead, 1, n),
         is_cut=is_cut,
     )
     return out.reshape(*lead, m, n)

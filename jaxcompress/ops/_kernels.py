@@ -96,9 +96,8 @@ def _in_words(cut: Any) -> str:
     size = " x ".join(map(str, cut[:3]))
     if len(cut) == 3:
         return f"blocks of {size}"
-    if len(cut) == 4:
-        return f"tiles of {size}, {cut.slots} slots"
-    return f"tiles of {size}, {cut.num_warps} warps, {cut.num_stages} stages"
+    more = (f"{n} {name.removeprefix('num_')}" for name, n in zip(cut._fields[3:], cut[3:]))
+    return f"tiles of {size}, {', '.join(more)}"
 
 
 def _unknown(platform: str) -> str | None:

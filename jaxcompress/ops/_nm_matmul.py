@@ -20,7 +20,15 @@ from jaxcompress.ops._kernels import (
     no_triton,
     not_cut,
 )
-from jaxcompress.ops._operands import MAX_K, check_scales, check_sums, matmul_shape, row_scales
+from jaxcompress.ops._operands import (
+    MAX_K,
+    check_scales,
+    check_sums,
+    matmul_shape,
+    one_batch,
+    row_scales,
+    spread,
+)
 from jaxcompress.ops._quantized_matmul import float_dot, quantized_matmul
 
 __all__ = ["nm_matmul", "plan", "table"]
@@ -151,11 +159,10 @@ def nm_matmul(
         scale = None if scale is None else scale[None]
         x_scale = None if x_scale is None else x_scale.reshape(1, count, 1)
     else:
-        flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
         if scale is not None:
-            scale = flat(jnp.broadcast_to(scale, (*values.shape[:-2], *scale.shape[-2:])))
-        x_scale = None if x_scale is None else flat(x_scale)
-        x, values, indices = map(flat, (x, values, indices))
+            scale = spread(scale, *values.shape[:-2], *scale.shape[-2:])
+        x_scale = None if x_scale is None else one_batch(x_scale)
+        x, values, indices = map(one_batch, (x, values, indices))
     kind = jnp.int32 if sums else dtype or jnp.promote_types(x.dtype, jnp.float32)
     static = _Static(
         n,

@@ -1,9 +1,20 @@
 """What the products of codes take: shapes, scales, and how many products a sum may have."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-__all__ = ["MAX_K", "MAX_K_ZERO_POINT", "check_scales", "check_sums", "matmul_shape", "row_scales"]
+__all__ = [
+    "MAX_K",
+    "MAX_K_ZERO_POINT",
+    "check_scales",
+    "check_sums",
+    "matmul_shape",
+    "one_batch",
+    "row_scales",
+    "spread",
+]
 
 # The longest sum of products of two bytes that an int32 can hold: 2^31 / 128^2, less one.
 # With a zero point the weight's side of a product is as large as 255: 2^31 / (128 255).
@@ -66,3 +77,13 @@ def row_scales(name: str, scale: jax.Array | None, shape: tuple[int, ...]) -> ja
     if not fits or any(s not in (1, e) for s, e in zip(scale.shape[::-1], shape[::-1])):
         raise ValueError(f"expected {name} that broadcasts to {shape}; got {scale.shape}")
     return jnp.broadcast_to(scale, shape)
+
+
+def one_batch(a: jax.Array) -> jax.Array:
+    """`[..., r, c]` as `[b, r, c]`, also where one of them is 0."""
+    return a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
+
+
+def spread(a: jax.Array | None, *shape: int) -> jax.Array | None:
+    """`one_batch` of `a` broadcast to the shape; None of None."""
+    return None if a is None else one_batch(jnp.broadcast_to(a, shape))

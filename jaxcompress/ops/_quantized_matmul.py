@@ -26,7 +26,7 @@ from jaxcompress.ops._kernels import (
     no_triton,
     not_cut,
 )
-from jaxcompress.ops._operands import MAX_K_ZERO_POINT, check_scales, matmul_shape
+from jaxcompress.ops._operands import MAX_K_ZERO_POINT, check_scales, matmul_shape, one_batch
 
 __all__ = ["quantized_matmul"]
 
@@ -336,8 +336,7 @@ def _decoded(static, kernel, chip, is_cut, x, w, scale, zero):
     )
     rows = "k" if w.dtype == jnp.int8 else "p"  # of bit planes there are fewer
     letters = ("bmk", f"bn{rows}" if static.transpose_w else f"b{rows}n", "bgn", "bgn")
-    flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
-    operands = flat(x), flat(w), columns(scale), columns(zero)
+    operands = one_batch(x), one_batch(w), columns(scale), columns(zero)
     out = call_kernel(run, letters, *operands, is_cut=is_cut)
     return out.reshape(*lead, m, n)
 

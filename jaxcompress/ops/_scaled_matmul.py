@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxcompress.ops._choice import Choice, Implementation, Problem, dispatch, explained
 from jaxcompress.ops._int8_matmul import scaled_sums
 from jaxcompress.ops._kernels import chip
-from jaxcompress.ops._operands import check_scales, matmul_shape
+from jaxcompress.ops._operands import check_scales, matmul_shape, one_batch
 from jaxcompress.ops._quantized_matmul import float_dot
 
 __all__ = ["plan", "scaled_matmul"]
@@ -106,8 +106,7 @@ def scaled_matmul(
         x, x_scale = x.reshape(1, rows, k), x_scale.reshape(1, rows, groups)
         w, w_scale = w[None], w_scale[None]
     else:
-        flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
-        x, w, x_scale, w_scale = map(flat, (x, w, x_scale, w_scale))
+        x, w, x_scale, w_scale = map(one_batch, (x, w, x_scale, w_scale))
     w_scale = jnp.broadcast_to(w_scale, (*w_scale.shape[:1], groups, n))
     static = _Static(
         w.dtype.name,

@@ -21,7 +21,7 @@ from jaxcompress.ops._kernels import (
     no_triton,
     not_cut,
 )
-from jaxcompress.ops._operands import check_scales, check_sums, matmul_shape
+from jaxcompress.ops._operands import check_scales, check_sums, matmul_shape, one_batch, spread
 
 __all__ = ["w4a8_matmul"]
 
@@ -172,17 +172,15 @@ def _fused(static, kernel, chip, is_cut, x, w, w_scale, x_scale, zero):
     *lead, m, k = x.shape
     n, group = w.shape[-1], static.group_size
     groups = -(-k // group) if group and group < k else 1
-    flat = lambda a: a.reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
-    spread = lambda s, *shape: None if s is None else flat(jnp.broadcast_to(s, (*lead, *shape)))
     run = functools.partial(kernel, group_size=group, dtype=static.dtype, chip=chip)
     out = call_kernel(
         run,
         ("bmk", "bpn", "bgn", "bm1", "bgn"),
-        flat(x),
-        flat(w),
-        spread(w_scale, groups, n),
-        spread(x_scale, m, 1),
-        spread(zero, groups, n),
+        one_batch(x),
+        one_batch(w),
+        spread(w_scale, *lead, groups, n),
+        spread(x_scale, *lead, m, 1),
+        spread(zero, *lead, groups, n),
         is_cut=is_cut,
     )
     return out.reshape(*lead, m, n)

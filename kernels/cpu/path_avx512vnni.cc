@@ -173,10 +173,9 @@ void tile4(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pi
   tile_with(x, count, Planes{blocks}, planes, panels, pitch, InMemory{acc});
 }
 
-void tile_group(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pitch,
-                size_t quads, const Group& group) {
-  const int32_t start = 0;
-  const Bytes by = {&start, 1, quads};
+template <class Weights>
+void tile_with_group(Rows x, size_t count, const Weights& by, const uint8_t* weights,
+                     size_t panels, size_t pitch, const Group& group) {
   if (group.row_scale) {
     tile_with(x, count, by, weights, panels, pitch, OfGroup<true>{group});
   } else {
@@ -184,14 +183,15 @@ void tile_group(Rows x, size_t count, const uint8_t* weights, size_t panels, siz
   }
 }
 
+void tile_group(Rows x, size_t count, const uint8_t* weights, size_t panels, size_t pitch,
+                size_t quads, const Group& group) {
+  const int32_t start = 0;
+  tile_with_group(x, count, Bytes{&start, 1, quads}, weights, panels, pitch, group);
+}
+
 void tile4_group(Rows x, size_t count, const uint8_t* planes, size_t panels, size_t pitch,
                  size_t blocks, const Group& group) {
-  const Planes by = {blocks};
-  if (group.row_scale) {
-    tile_with(x, count, by, planes, panels, pitch, OfGroup<true>{group});
-  } else {
-    tile_with(x, count, by, planes, panels, pitch, OfGroup<false>{group});
-  }
+  tile_with_group(x, count, Planes{blocks}, planes, panels, pitch, group);
 }
 
 }  // namespace

@@ -92,6 +92,14 @@ def check_scaled(got, sums, scales, dtype):
     assert np.all(np.abs(np.asarray(got, np.float64) - want) <= bound)
 
 
+PROBLEMS = dict(
+    m=st.sampled_from(SIZES),
+    groups=st.sampled_from(SIZES[:-1] + [250]),
+    columns=st.sampled_from(SIZES[:-1]),
+    pattern=st.sampled_from(PATTERNS),
+)
+
+
 class NMMatmulSuite:
     """`run(*arrays, **options)` calls the kernel; `block(m, n)` makes small blocks."""
 
@@ -105,10 +113,7 @@ class NMMatmulSuite:
 
     @settings(max_examples=EXAMPLES)
     @given(
-        m=st.sampled_from(SIZES),
-        groups=st.sampled_from(SIZES[:-1] + [250]),
-        columns=st.sampled_from(SIZES[:-1]),
-        pattern=st.sampled_from(PATTERNS),
+        **PROBLEMS,
         dtype=st.integers(0, 3),
         integers=st.booleans(),
         seed=st.integers(0, 99),
@@ -125,10 +130,7 @@ class NMMatmulSuite:
 
     @settings(max_examples=max(2, EXAMPLES // 2))
     @given(
-        m=st.sampled_from(SIZES),
-        groups=st.sampled_from(SIZES[:-1] + [250]),
-        columns=st.sampled_from(SIZES[:-1]),
-        pattern=st.sampled_from(PATTERNS),
+        **PROBLEMS,
         bits=st.sampled_from([8, 4, 3, 2]),
         shared=st.sampled_from([None, 16, 32, 128]),
         dtype=st.integers(0, 2),
@@ -154,10 +156,7 @@ class NMMatmulSuite:
 
     @settings(max_examples=max(2, EXAMPLES // 2))
     @given(
-        m=st.sampled_from(SIZES),
-        groups=st.sampled_from(SIZES[:-1] + [250]),
-        columns=st.sampled_from(SIZES[:-1]),
-        pattern=st.sampled_from(PATTERNS),
+        **PROBLEMS,
         bits=st.sampled_from([8, 4, 3]),
         sides=st.sampled_from(["x", "w", "xw"]),
         dtype=st.integers(0, 2),
