@@ -23,7 +23,7 @@ def method(name: str, network: Network) -> Any:
         "dm": lambda: d.dm(init, features, optax.sgd(1.0, momentum=0.5), augmentation=how),
         "dc": lambda: d.dc(init, apply, optax.sgd(0.1, momentum=0.5)),
         "dsa": lambda: d.dc(init, apply, optax.sgd(0.1, momentum=0.5), augmentation=how),
-        "kip": lambda: d.kip(d.relu_ntk(2), optax.adam(1e-2)),
+        "kip": lambda: d.kip(d.relu_ntk(2), optax.adam(3e-3), ridge=0.1, augmentation=how),
         "frepo": lambda: d.frepo(
             jax.random.key(4), init, features, apply, optax.adam(1e-2), augmentation=how
         ),

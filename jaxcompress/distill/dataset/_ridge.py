@@ -73,7 +73,13 @@ def relu_ntk(depth: int) -> Kernel:
     return kernel
 
 
-def kip(kernel: Kernel, tx: optax.GradientTransformation, *, ridge: float = 1e-6) -> Method:
+def kip(
+    kernel: Kernel,
+    tx: optax.GradientTransformation,
+    *,
+    ridge: float = 1e-6,
+    augmentation: Augmentation | None = None,
+) -> Method:
     """Kernel inducing points: ridge regression from the learned images predicts the real ones.
 
     `mean |y_r - K_rs (K_ss + ridge tr(K_ss) / n I)^-1 y_s|^2`, summed over classes: `s` the
@@ -83,6 +89,8 @@ def kip(kernel: Kernel, tx: optax.GradientTransformation, *, ridge: float = 1e-6
       kernel: `kernel(x, y)` is `[n, m]`; `relu_ntk(2)`, say.
       tx: an optimizer of the images, `optax.adam(1e-2)`.
       ridge: of the regression, relative to the mean of the kernel's diagonal.
+      augmentation: of real and learned images alike; none if None. Without one the images
+        may suit the kernel alone, and teach other networks less from update to update.
 
     Returns:
       A `Method`. `real` in its `update` is `[classes, batch, ...]`, drawn anew each time.
@@ -107,12 +115,11 @@ def kip(kernel: Kernel, tx: optax.GradientTransformation, *, ridge: float = 1e-6
     """
     _check_ridge(ridge)
 
-    def loss(images: jax.Array, real: jax.Array) -> jax.Array:
-        flat = _flat(images)
-        return _regression(kernel(flat, flat), kernel(_flat(real), flat), images, real, ridge)
+    def loss(key: jax.Array, images: jax.Array, real: jax.Array) -> jax.Array:
+        ours, theirs = (_seen(key, x, augmentation) for x in (images, real))
+        return _regression(kernel(ours, ours), kernel(theirs, ours), images, real, ridge)
 
-    run = jax.jit(jax.value_and_grad(loss))
-    return method_of(lambda _, images, real: run(images, real), tx)  # nothing is drawn
+    return method_of(jax.jit(jax.value_and_grad(loss, 1)), tx)
 
 
 class Pool(NamedTuple):
@@ -202,10 +209,7 @@ def frepo(
         i = jax.random.randint(pick_key, (), 0, pool)
         params, net_state = jax.tree.map(lambda leaf: leaf[i], (held.params, held.net_state))
 
-        def seen(x: jax.Array) -> jax.Array:
-            # One key for both: what happens to the real happens to the learned.
-            x = _flat(x)
-            return x if augmentation is None else augment(augment_key, x, augmentation)
+        seen = lambda x: _seen(augment_key, x, augmentation)
 
         def loss(images: jax.Array) -> jax.Array:
             f = lambda x: features(params, seen(x)).reshape(x.shape[0] * x.shape[1], -1)
@@ -246,8 +250,10 @@ def _check_ridge(ridge: float) -> None:
         raise ValueError(f"ridge is positive; got {ridge}")
 
 
-def _flat(images: jax.Array) -> jax.Array:
-    return images.reshape(-1, *images.shape[2:])
+def _seen(key: jax.Array, images: jax.Array, how: Augmentation | None) -> jax.Array:
+    """Images without the axis of classes; with one key what happens to one happens to all."""
+    flat = images.reshape(-1, *images.shape[2:])
+    return flat if how is None else augment(key, flat, how)
 
 
 def _regression(

@@ -74,6 +74,18 @@ def test_kip_is_ridge_regression():
     np.testing.assert_allclose(loss, regression(s @ s.T, r @ s.T, 0.1, 2, 7, 3), rtol=1e-5)
 
 
+def test_kip_sees_real_and_learned_images_changed_alike():
+    how, key = d.Augmentation(), jax.random.key(3)
+    images, real = random(2, 1, 6, 6, 1), random(2, 4, 6, 6, 1, seed=1)
+    dot = lambda x, y: x.reshape(len(x), -1) @ y.reshape(len(y), -1).T
+    method = d.kip(dot, optax.sgd(0.1), ridge=0.1, augmentation=how)
+    _, loss = method.update(key, method.init(jnp.asarray(images)), jnp.asarray(real))
+    s, r = (d.augment(key, jnp.asarray(x.reshape(-1, 6, 6, 1)), how) for x in (images, real))
+    assert np.abs(np.asarray(s) - images[:, 0]).max() > 0.1
+    want = regression(dot(s, s), dot(r, s), 0.1, 1, 4, 2)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+
+
 def draw(key):
     a, b = jax.random.split(key)
     return {"w": jax.random.normal(a, (6, 5)), "v": jax.random.normal(b, (5, 3))}
