@@ -15,21 +15,23 @@ EXPERTS, EPOCHS, AHEAD = 3, 6, 2  # networks, epochs of each, and how far MTT lo
 IMAGES, BATCH = 10_000, 256  # of an epoch
 
 
-def method(name: str, network: Network) -> Any:
-    """`name` with a rate near the one of its paper; a flip makes other shoes of shoes."""
+def method(name: str, network: Network, per_class: int) -> Any:
+    """`name` with a rate near the one of its paper; a flip makes other shoes of shoes.
+
+    The images of a class share the slope of their mean, so DM's rate grows with their number.
+    """
+    sgd = lambda rate: optax.sgd(rate, momentum=0.5)
     how = d.Augmentation(flip=False)
     init, features, apply = network
     return {
-        "dm": lambda: d.dm(init, features, optax.sgd(1.0, momentum=0.5), augmentation=how),
-        "dc": lambda: d.dc(init, apply, optax.sgd(0.1, momentum=0.5)),
-        "dsa": lambda: d.dc(init, apply, optax.sgd(0.1, momentum=0.5), augmentation=how),
+        "dm": lambda: d.dm(init, features, sgd(1.0 * per_class), augmentation=how),
+        "dc": lambda: d.dc(init, apply, sgd(0.1)),
+        "dsa": lambda: d.dc(init, apply, sgd(0.1), augmentation=how),
         "kip": lambda: d.kip(d.relu_ntk(2), optax.adam(3e-3), ridge=0.1, augmentation=how),
         "frepo": lambda: d.frepo(
             jax.random.key(4), init, features, apply, optax.adam(1e-2), augmentation=how
         ),
-        "mtt": lambda: d.mtt(
-            apply, optax.sgd(10.0, momentum=0.5), steps=8, rate=0.02, augmentation=how
-        ),
+        "mtt": lambda: d.mtt(apply, sgd(10.0), steps=8, rate=0.02, augmentation=how),
     }[name]()
 
 

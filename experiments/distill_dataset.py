@@ -78,7 +78,7 @@ def run(options: Any, out: Path) -> dict[str, Any]:
 
     def learn(method: str, per_class: int, advance: Any) -> list[int] | list[float]:
         """The set, from images drawn at random on."""
-        made = learners.method(method, small)
+        made = learners.method(method, small, per_class)
         start = d.random(y, per_class, seed=0).reshape(10, per_class)
         learned, random = made.init(jnp.asarray(x[start])), np.random.default_rng(1)
         experts = learners.experts(small, x, y, options.quick) if method == "mtt" else None
