@@ -15,6 +15,11 @@ EXPERTS, EPOCHS, AHEAD = 3, 6, 2  # networks, epochs of each, and how far MTT lo
 IMAGES, BATCH = 10_000, 256  # of an epoch
 
 
+def updates(per_class: int) -> int:
+    """Of a set: one takes the longer the larger the set, and all of them an hour or two."""
+    return 1000 if per_class == 1 else 500 if per_class <= 10 else 200
+
+
 def method(name: str, network: Network, per_class: int) -> Any:
     """`name` with a rate near the one of its paper; a flip makes other shoes of shoes.
 
@@ -31,7 +36,7 @@ def method(name: str, network: Network, per_class: int) -> Any:
         "frepo": lambda: d.frepo(
             jax.random.key(4), init, features, apply, optax.adam(1e-2), augmentation=how
         ),
-        "mtt": lambda: d.mtt(apply, sgd(10.0), steps=8, rate=0.02, augmentation=how),
+        "mtt": lambda: d.mtt(apply, sgd(10.0), steps=8, rate=0.02, batch=100, augmentation=how),
     }[name]()
 
 

@@ -1,6 +1,6 @@
 """How well do ten, or a hundred, learned images train a network?
 
-    python experiments/distill_dataset.py            # 1 and 10 images a class; resumes
+    python experiments/distill_dataset.py            # 1, 10, 50 images a class; hours; resumes
     python experiments/distill_dataset.py --quick    # a few updates and networks: does it run?
 
 Fashion-MNIST (Debian's dataset-fashion-mnist): DM, DC, DSA (DC with augmentation), KIP (with the
@@ -32,9 +32,8 @@ PUBLISHED = {"dc": (70.5, 82.3, 83.6), "dsa": (70.6, 84.6, 88.7), "kip": (76.7, 
 def arguments() -> Any:
     parser = Parser(description=__doc__.splitlines()[0])
     folder = ROOT / "report" / "distill_dataset"
-    parser.add_argument("--updates", type=int, default=1000, help="of a set (default 1000)")
     parser.add_argument(
-        "--per-class", type=int, nargs="+", default=[1, 10], help="images a class (default 1 10)"
+        "--per-class", type=int, nargs="+", default=[1, 10, 50], help="images (default 1 10 50)"
     )
     parser.add_argument("--networks", type=int, default=20, help="to test with (default 20)")
     parser.add_argument(
@@ -43,9 +42,9 @@ def arguments() -> Any:
     parser.add_argument("--quick", action="store_true", help="3 updates, 2 networks, one image")
     options = parser.parse_args()
     if options.quick:
-        options.updates, options.networks, options.per_class = 3, 2, [1]
-    if min(options.updates, *options.per_class) < 1 or options.networks < 2:
-        fail("--updates and --per-class are 1 or more, --networks 2 or more")
+        options.networks, options.per_class = 2, [1]
+    if min(options.per_class) < 1 or options.networks < 2:
+        fail("--per-class is 1 or more, --networks 2 or more")
     return options
 
 
@@ -70,11 +69,12 @@ def run(options: Any, out: Path) -> dict[str, Any]:
     by_class = [np.flatnonzero(y == c) for c in range(10)]
     small, full, other = models.convnet(32), models.convnet(128), models.mlp()
     # The full width takes ten times as long, and that for each image.
+    updates = lambda per_class: 3 if options.quick else learners.updates(per_class)
     convnet = lambda per_class: full if per_class == 1 and not options.quick else small
     testers = {"ConvNet": convnet, "MLP": lambda per_class: other}
     if options.quick:
         test_x, test_y = test_x[:1000], test_y[:1000]
-    once, done = resumable(options.out, [options.updates, options.networks, options.quick])
+    once, done = resumable(options.out, [options.networks, options.quick])
 
     def learn(method: str, per_class: int, advance: Any) -> list[int] | list[float]:
         """The set, from images drawn at random on."""
@@ -82,7 +82,7 @@ def run(options: Any, out: Path) -> dict[str, Any]:
         start = d.random(y, per_class, seed=0).reshape(10, per_class)
         learned, random = made.init(jnp.asarray(x[start])), np.random.default_rng(1)
         experts = learners.experts(small, x, y, options.quick) if method == "mtt" else None
-        for i in range(options.updates):
+        for i in range(updates(per_class)):
             if experts is not None:
                 seen = experts.pair(random)
             else:
@@ -109,7 +109,7 @@ def run(options: Any, out: Path) -> dict[str, Any]:
         accuracy = d.evaluate(
             jax.random.key(3), network.init, network.apply, jnp.asarray(images), labels,
             test_x, test_y, tx=optax.adamw(schedule, weight_decay=5e-4), steps=steps,
-            networks=options.networks, progress=advance,
+            batch=100, networks=options.networks, progress=advance,
         )  # fmt: skip
         return np.asarray(accuracy, float).tolist()
 
@@ -121,7 +121,7 @@ def run(options: Any, out: Path) -> dict[str, Any]:
                 if method in CHOSEN:
                     images = x[chosen(method, per_class)]
                 else:
-                    advance = add(f"learn {method}, {per_class}", options.updates)
+                    advance = add(f"learn {method}, {per_class}", updates(per_class))
                     images = np.array(
                         once(f"set_{name}", partial(learn, method, per_class, advance)), np.float32
                     )
@@ -155,7 +155,7 @@ def run(options: Any, out: Path) -> dict[str, Any]:
     record = {
         "environment": environment([0]),
         "data": "Fashion-MNIST; 10,000 test images; sets learned with a ConvNet of width 32",
-        "updates": options.updates,
+        "updates": {per_class: updates(per_class) for per_class in options.per_class},
         "networks": options.networks,
         "minutes": (time.perf_counter() - begin) / 60,
         "published": PUBLISHED,

@@ -80,6 +80,7 @@ def mtt(
     steps: int = 10,
     rate: float = 0.02,
     rate_tx: optax.GradientTransformation | None = None,
+    batch: int | None = None,
     augmentation: Augmentation | None = None,
 ) -> Method:
     """Matching training trajectories: a few steps on the set go as far as epochs of the expert.
@@ -94,6 +95,8 @@ def mtt(
       steps: `N`. They are unrolled: time to compile and memory grow with them.
       rate: of the descent, where it starts.
       rate_tx: an optimizer of its logarithm; SGD of 1e-2 if None.
+      batch: how many of the learned images a step of the descent sees, drawn anew for each;
+        all if None, or if there are no more.
       augmentation: of the learned images, drawn anew for each step; none if None.
 
     Returns:
@@ -102,7 +105,7 @@ def mtt(
       not finite.
 
     Raises:
-      ValueError: no step, a rate that is not positive.
+      ValueError: no step, a rate that is not positive, an empty batch.
 
     >>> import jax, jax.numpy as jnp, optax, jaxcompress as jc
     >>> d, x, y = jc.distill.dataset, jnp.eye(2), jnp.array([0, 1])
@@ -120,6 +123,8 @@ def mtt(
     """
     if steps < 1 or not rate > 0:
         raise ValueError(f"steps is 1 or more and rate positive; got {steps} and {rate}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch is 1 or more, or None; got {batch}")
     adapt = optax.sgd(1e-2) if rate_tx is None else rate_tx
 
     def apart(images: jax.Array, log_rate: jax.Array, key: jax.Array, ends: Any) -> jax.Array:
@@ -127,10 +132,14 @@ def mtt(
         flat, labels = Learned(images, ()).flat, Learned(images, ()).labels
         params = start
         for i in range(steps):
-            x = flat
+            x, y, step_key = flat, labels, jax.random.fold_in(key, i)
+            if batch is not None and batch < len(flat):
+                step_key, draw = jax.random.split(step_key)
+                some = jax.random.permutation(draw, len(flat))[:batch]
+                x, y = flat[some], labels[some]
             if augmentation is not None:
-                x = augment(jax.random.fold_in(key, i), flat, augmentation)
-            slope = jax.grad(_loss)(params, apply, x, labels)
+                x = augment(step_key, x, augmentation)
+            slope = jax.grad(_loss)(params, apply, x, y)
             params = jax.tree.map(lambda w, g: w - jnp.exp(log_rate) * g, params, slope)
         away = lambda a: optax.tree.norm(optax.tree.sub(a, end), squared=True)
         return away(params) / away(start)

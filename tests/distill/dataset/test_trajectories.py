@@ -59,6 +59,32 @@ def test_mtt_is_its_formula():
     np.testing.assert_allclose(loss, left / away, rtol=1e-4)
 
 
+def test_a_step_of_mtt_may_see_some_of_the_images_only():
+    ends = expert(3)[1::2]
+    (w, b), (v, c) = (tuple(np.asarray(end[k], np.float64) for k in ("w", "b")) for end in ends)
+    away = ((w - v) ** 2).sum() + ((b - c) ** 2).sum()
+    flat, labels = SET.reshape(6, 4).astype(np.float64), np.repeat(range(3), 2)
+    possible = {}
+    for i in range(6):
+        for j in range(6):
+            one = descended(w, b, flat[i : i + 1], labels[i : i + 1], 0.2)
+            two = descended(*one, flat[j : j + 1], labels[j : j + 1], 0.2)
+            possible[i, j] = (((two[0] - v) ** 2).sum() + ((two[1] - c) ** 2).sum()) / away
+    method = d.mtt(logits, optax.sgd(0.1), steps=2, rate=0.2, batch=1)
+    drawn = set()
+    for key in jax.random.split(jax.random.key(3), 12):
+        _, loss = method.update(key, method.init(jnp.asarray(SET)), ends)
+        pair = min(possible, key=lambda pair: abs(possible[pair] - loss))
+        np.testing.assert_allclose(loss, possible[pair], rtol=1e-5)
+        drawn.add(pair)
+    assert len(drawn) > 6
+    assert any(i != j for i, j in drawn)  # each step draws anew
+    whole = d.mtt(logits, optax.sgd(0.1), steps=2, rate=0.2, batch=99)
+    every = d.mtt(logits, optax.sgd(0.1), steps=2, rate=0.2)
+    key, learned = jax.random.key(4), whole.init(jnp.asarray(SET))
+    assert whole.update(key, learned, ends)[1] == every.update(key, learned, ends)[1]
+
+
 def test_updates_are_pure_resume_and_come_nearer():
     ends = expert(3)[::3]
     make = lambda: d.mtt(logits, optax.adam(0.05), steps=3, rate=0.5)
@@ -95,6 +121,8 @@ def test_each_step_has_an_augmentation_of_its_own():
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match=r"got 0 and 0\.02"):
         d.mtt(logits, optax.sgd(0.1), steps=0)
+    with pytest.raises(ValueError, match="batch is 1 or more, or None; got 0"):
+        d.mtt(logits, optax.sgd(0.1), batch=0)
     method = d.mtt(logits, optax.sgd(0.1))
     with pytest.raises(ValueError, match="at two times, of one structure"):
         method.update(jax.random.key(0), method.init(jnp.asarray(SET)), (START, {"w": START["w"]}))
