@@ -39,7 +39,7 @@ def method(name: str, network: Network, per_class: int) -> Any:
             jax.random.key(4), init, features, apply, optax.adam(1e-2), augmentation=how
         ),
         "mtt": lambda: d.mtt(
-            apply, sgd(100.0 * per_class), steps=8, rate=0.02, batch=30, augmentation=how
+            apply, sgd(10.0 * per_class), steps=8, rate=0.1, batch=30, augmentation=how
         ),
     }[name]()
 
