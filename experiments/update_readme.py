@@ -4,11 +4,13 @@
     python experiments/update_readme.py report/first_principles
     python experiments/update_readme.py build/bench_cpu
     python experiments/update_readme.py build/bench_containers
+    python experiments/update_readme.py report/distill_dataset
 
 Of compress_digits.py: the table in README.md. Of first_principles.py: the tour in
 docs/first_principles.md. Of bench_cpu.py: the tables in docs/cpu.md. Of bench_containers.py:
-those in docs/pruning.md. Each stands between two markers, next to a JSON and a picture in
-experiments/results; tests compare it with that JSON.
+those in docs/pruning.md. Of distill_dataset.py: the one in docs/distillation.md. Each stands
+between two markers, next to a JSON and a picture in experiments/results; tests compare it with
+that JSON.
 """
 
 import json
@@ -27,6 +29,7 @@ README = ROOT / "README.md"
 TOUR = ROOT / "docs" / "first_principles.md"
 CPU = ROOT / "docs" / "cpu.md"
 PRUNING = ROOT / "docs" / "pruning.md"
+DISTILLATION = ROOT / "docs" / "distillation.md"
 
 
 def digits_block(record: dict) -> str:
@@ -141,6 +144,36 @@ def containers_block(record: dict) -> str:
     )
 
 
+def dataset_block(record: dict) -> str:
+    """A row for each set, beside what its paper says; a column for each size and network."""
+    cells = {(r["method"], r["per_class"], r["network"]): r for r in record["rows"]}
+    columns = list(dict.fromkeys(key[1:] for key in cells))
+    environment = record["environment"]
+    lines = [
+        "",
+        f"Test accuracy, per cent, mean and standard deviation of {record['networks']} networks, "
+        "by images a class and the network that was trained on them; in italics what does not beat "
+        f"random images by two standard errors. {record['data']}; "
+        + ", ".join(f"{n} updates at {size}" for size, n in record["updates"].items())
+        + f". `{environment['command']}`, jax {environment['versions']['jax']}, on "
+        f"{machine(record)}.",
+        "",
+        "| | " + " | ".join(f"{size}, {network}" for size, network in columns) + " | published |",
+        "| --- |" + " ---: |" * (len(columns) + 1),
+    ]
+    for method in dict.fromkeys(key[0] for key in cells):
+        line = [method]
+        for column in columns:
+            row = cells[(method, *column)]
+            text = f"{100 * row['accuracy']:.1f} ± {100 * row['std']:.1f}"
+            known = row["beats_random"] or method == "random"
+            line.append(text if known else f"*{text}*")
+        line.append(" / ".join(f"{v:.1f}" for v in record["published"].get(method, ())))
+        lines.append(f"| {' | '.join(line)} |")
+    picture = "![the first image of each class of each set](../experiments/results/{}.png)"
+    return "\n".join([*lines, "", picture.format("distill_dataset"), ""])
+
+
 def machine(record: dict) -> str:
     found = record["environment"]["machine"]
     return f"{found['cores']} cores ({found['processor']})"
@@ -177,6 +210,9 @@ def main() -> None:
     elif (report / "bench_containers.json").exists():
         name = "bench_containers"
         take(report, f"{name}.json", f"{name}.png", name, PRUNING, containers_block)
+    elif (report / "distill_dataset.json").exists():
+        name = "distill_dataset"
+        take(report, f"{name}.json", f"{name}.png", name, DISTILLATION, dataset_block)
     else:
         fail(f"{report} has no report of an experiment that a page tells of; run one first")
 

@@ -120,3 +120,19 @@ def test_goal_of_kd_digits():
     assert record["closed"] >= 0.5
     assert best < by_name["smoothed labels"]["errors"]
     assert len(by_name["alone"]["errors_each"]) == 5
+
+
+def test_goal_of_distill_dataset():
+    """Every learned set beats images at random, and one of them DSA's 70.6 at one a class."""
+    record = json.loads((ROOT / "experiments/results/distill_dataset.json").read_text())
+    rows = {(r["method"], r["per_class"], r["network"]): r for r in record["rows"]}
+    learned = ("dm", "dc", "dsa", "kip", "frepo", "mtt")
+    for (method, per_class, network), row in rows.items():
+        base = rows["random", per_class, network]
+        error = np.hypot(row["std"], base["std"]) / record["networks"] ** 0.5
+        better = row["accuracy"] > base["accuracy"] + 2 * error
+        assert row["beats_random"] == better
+        assert better or method not in learned
+    assert max(rows[method, 1, "ConvNet"]["accuracy"] for method in learned) >= 0.706
+    assert record["networks"] >= 20
+    assert len(rows) == 9 * len(record["updates"]) * 2

@@ -85,6 +85,14 @@ def test_the_tables_of_the_cpu_have_a_column_for_each_work():
         assert update_readme.replaced(page, "bench_cpu", block) == page
 
 
+def test_the_page_of_distillation_has_the_table_of_its_json():
+    record = json.loads((ROOT / "experiments/results/distill_dataset.json").read_text())
+    page, block = update_readme.DISTILLATION.read_text(), update_readme.dataset_block(record)
+    assert update_readme.replaced(page, "distill_dataset", block) == page
+    one = next(r for r in record["rows"] if r["method"] == "dm" and r["per_class"] == 1)
+    assert f"| dm | {100 * one['accuracy']:.1f} ± {100 * one['std']:.1f} | " in page
+
+
 def test_goal_of_the_main_job():
     """At least 20 times smaller, within half a point of dense."""
     record = json.loads((ROOT / "experiments/results/compress_digits.json").read_text())
