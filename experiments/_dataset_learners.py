@@ -24,8 +24,10 @@ def method(name: str, network: Network, per_class: int) -> Any:
     """`name` with a rate near the one of its paper; a flip makes other shoes of shoes.
 
     The images of a class share a slope, so rates of SGD grow with their number; DC's cosines,
-    steep from the start, let it grow from ten on only.
+    steep from the start, let it grow from ten on only, and MTT's batch no longer. FRePo's kernel
+    of 288 features has no inverse for more images than that, but for the ridge.
     """
+    ridge = 1e-6 if 10 * per_class < 288 else 1e-3
     steep = 0.1 * max(1, per_class / 10)
     sgd = lambda rate: optax.sgd(rate, momentum=0.5)
     how = d.Augmentation(flip=False)
@@ -36,10 +38,16 @@ def method(name: str, network: Network, per_class: int) -> Any:
         "dsa": lambda: d.dc(init, apply, sgd(steep), augmentation=how),
         "kip": lambda: d.kip(d.relu_ntk(2), optax.adam(3e-3), ridge=0.1, augmentation=how),
         "frepo": lambda: d.frepo(
-            jax.random.key(4), init, features, apply, optax.adam(1e-2), augmentation=how
+            jax.random.key(4),
+            init,
+            features,
+            apply,
+            optax.adam(1e-2),
+            ridge=ridge,
+            augmentation=how,
         ),
         "mtt": lambda: d.mtt(
-            apply, sgd(10.0 * per_class), steps=8, rate=0.1, batch=30, augmentation=how
+            apply, sgd(10.0 * min(per_class, 10)), steps=8, rate=0.1, batch=30, augmentation=how
         ),
     }[name]()
 

@@ -90,7 +90,9 @@ def run(options: Any, out: Path) -> dict[str, Any]:
                 real = [x[random.choice(mine, 128, replace=False)] for mine in by_class]
                 seen = jnp.asarray(np.stack(real))
             key = jax.random.fold_in(jax.random.key(2), i)
-            learned, _ = made.update(key, learned, seen)
+            learned, loss = made.update(key, learned, seen)
+            if not np.isfinite(loss):
+                raise FloatingPointError(f"{method}, {per_class} a class: a loss of {loss} at {i}")
             advance()
         return np.asarray(learned.flat).round(4).tolist()
 
