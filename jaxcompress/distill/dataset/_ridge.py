@@ -166,7 +166,8 @@ def frepo(
       net_tx: an optimizer of the networks; Adam of 3e-4 if None.
       pool: how many networks.
       age: the steps that each is trained.
-      ridge: as in `kip`.
+      ridge: as in `kip`. With more images than features the kernel has no inverse, and in
+        float32 1e-6 is too little: the loss is not a number then. 1e-3 does.
       augmentation: of real and learned images alike; none if None.
 
     Returns:
