@@ -195,6 +195,14 @@ def take(
     page.write_text(replaced(page.read_text(), name, block(record)))
 
 
+PAGES = {
+    "first_principles": (TOUR, tour_block),
+    "bench_cpu": (CPU, cpu_block),
+    "bench_containers": (PRUNING, containers_block),
+    "distill_dataset": (DISTILLATION, dataset_block),
+}
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("report", type=Path, help="the folder that an experiment wrote")
@@ -202,19 +210,12 @@ def main() -> None:
     if (report / "report.json").exists():
         picture = "accuracy_against_bytes.png"
         take(report, "report.json", picture, "compress_digits", README, digits_block)
-    elif (report / "first_principles.json").exists():
-        name = "first_principles"
-        take(report, f"{name}.json", f"{name}.png", name, TOUR, tour_block)
-    elif (report / "bench_cpu.json").exists():
-        take(report, "bench_cpu.json", "bench_cpu.png", "bench_cpu", CPU, cpu_block)
-    elif (report / "bench_containers.json").exists():
-        name = "bench_containers"
-        take(report, f"{name}.json", f"{name}.png", name, PRUNING, containers_block)
-    elif (report / "distill_dataset.json").exists():
-        name = "distill_dataset"
-        take(report, f"{name}.json", f"{name}.png", name, DISTILLATION, dataset_block)
-    else:
-        fail(f"{report} has no report of an experiment that a page tells of; run one first")
+        return
+    for name, (page, block) in PAGES.items():
+        if (report / f"{name}.json").exists():
+            take(report, f"{name}.json", f"{name}.png", name, page, block)
+            return
+    fail(f"{report} has no report of an experiment that a page tells of; run one first")
 
 
 if __name__ == "__main__":

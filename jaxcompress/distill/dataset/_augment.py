@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Augmentation", "augment"]
+__all__ = ["Augmentation", "augment", "changed"]
 
 
 class Augmentation(NamedTuple):
@@ -85,6 +85,11 @@ def augment(key: jax.Array, images: jax.Array, how: Augmentation | None = None) 
 
     which = jax.random.randint(which_key, (), 0, 4)
     return jax.lax.switch(which, [colour, geometry, cutout, flip], images)
+
+
+def changed(key: jax.Array, images: jax.Array, how: Augmentation | None) -> jax.Array:
+    """Augmented images, or the images as they are if there is no augmentation."""
+    return images if how is None else augment(key, images, how)
 
 
 def _moved(

@@ -7,9 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.distill.dataset._augment import Augmentation, augment
+from jaxcompress.distill.dataset._augment import Augmentation, changed
 
-__all__ = ["Learned", "Method", "check_images", "check_real", "dc", "dm", "method_of", "stepped"]
+__all__ = [
+    "Learned",
+    "Method",
+    "check_images",
+    "check_real",
+    "dc",
+    "dm",
+    "method_of",
+    "seen",
+    "stepped",
+]
 
 
 class Learned(NamedTuple):
@@ -92,10 +102,8 @@ def dm(
         params = init(net_key)
 
         def means(x: jax.Array, key: jax.Array) -> jax.Array:
-            flat = x.reshape(-1, *x.shape[2:])
-            flat = flat if augmentation is None else augment(key, flat, augmentation)
-            seen = features(params, flat)
-            return jnp.mean(seen.reshape(*x.shape[:2], -1), 1)
+            found = features(params, seen(key, x, augmentation))
+            return jnp.mean(found.reshape(*x.shape[:2], -1), 1)
 
         # One key for both: what happens to the real happens to the learned.
         gap = means(images, augment_key) - jax.lax.stop_gradient(means(real, augment_key))
@@ -144,7 +152,7 @@ def dc(
         ours: jax.Array, theirs: jax.Array, params: Any, label: jax.Array, key: jax.Array
     ) -> jax.Array:
         def gradient(x: jax.Array) -> Any:
-            x = x if augmentation is None else augment(key, x, augmentation)
+            x = changed(key, x, augmentation)
 
             def loss(params: Any) -> jax.Array:
                 log_p = jax.nn.log_softmax(apply(params, x))
@@ -210,6 +218,11 @@ def stepped(
     """The images after a step of their optimizer."""
     updates, state = tx.update(gradient, state, images)
     return Learned(optax.apply_updates(images, updates), state)
+
+
+def seen(key: jax.Array, images: jax.Array, how: Augmentation | None) -> jax.Array:
+    """Images without the axis of classes; with one key what happens to one happens to all."""
+    return changed(key, images.reshape(-1, *images.shape[2:]), how)
 
 
 def check_images(images: jax.Array) -> None:

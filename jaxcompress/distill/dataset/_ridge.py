@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.distill.dataset._augment import Augmentation, augment
+from jaxcompress.distill.dataset._augment import Augmentation
 from jaxcompress.distill.dataset._matching import (
     Learned,
     Method,
     check_images,
     check_real,
     method_of,
+    seen,
     stepped,
 )
 
@@ -116,7 +117,7 @@ def kip(
     _check_ridge(ridge)
 
     def loss(key: jax.Array, images: jax.Array, real: jax.Array) -> jax.Array:
-        ours, theirs = (_seen(key, x, augmentation) for x in (images, real))
+        ours, theirs = (seen(key, x, augmentation) for x in (images, real))
         return _regression(kernel(ours, ours), kernel(theirs, ours), images, real, ridge)
 
     return method_of(jax.jit(jax.value_and_grad(loss, 1)), tx)
@@ -210,10 +211,10 @@ def frepo(
         i = jax.random.randint(pick_key, (), 0, pool)
         params, net_state = jax.tree.map(lambda leaf: leaf[i], (held.params, held.net_state))
 
-        seen = lambda x: _seen(augment_key, x, augmentation)
+        shown = lambda x: seen(augment_key, x, augmentation)
 
         def loss(images: jax.Array) -> jax.Array:
-            f = lambda x: features(params, seen(x)).reshape(x.shape[0] * x.shape[1], -1)
+            f = lambda x: features(params, shown(x)).reshape(x.shape[0] * x.shape[1], -1)
             ours, theirs = f(images), jax.lax.stop_gradient(f(real))
             return _regression(ours @ ours.T, theirs @ ours.T, images, real, ridge)
 
@@ -221,7 +222,7 @@ def frepo(
         moved = stepped(tx, learned.images, held.state, gradient)
 
         def training(params: Any) -> jax.Array:
-            logits = apply(params, seen(moved.images))
+            logits = apply(params, shown(moved.images))
             return optax.softmax_cross_entropy_with_integer_labels(logits, moved.labels).mean()
 
         updates, net_state = trained_by.update(jax.grad(training)(params), net_state, params)
@@ -249,12 +250,6 @@ def frepo(
 def _check_ridge(ridge: float) -> None:
     if not ridge > 0:
         raise ValueError(f"ridge is positive; got {ridge}")
-
-
-def _seen(key: jax.Array, images: jax.Array, how: Augmentation | None) -> jax.Array:
-    """Images without the axis of classes; with one key what happens to one happens to all."""
-    flat = images.reshape(-1, *images.shape[2:])
-    return flat if how is None else augment(key, flat, how)
 
 
 def _regression(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.distill.dataset._augment import Augmentation, augment
+from jaxcompress.distill.dataset._augment import Augmentation, changed
 from jaxcompress.distill.dataset._matching import Learned, Method, check_images, stepped
 
 __all__ = ["Rated", "expert", "mtt"]
@@ -137,9 +137,7 @@ def mtt(
                 step_key, draw = jax.random.split(step_key)
                 some = jax.random.permutation(draw, len(flat))[:batch]
                 x, y = flat[some], labels[some]
-            if augmentation is not None:
-                x = augment(step_key, x, augmentation)
-            slope = jax.grad(_loss)(params, apply, x, y)
+            slope = jax.grad(_loss)(params, apply, changed(step_key, x, augmentation), y)
             params = jax.tree.map(lambda w, g: w - jnp.exp(log_rate) * g, params, slope)
         away = lambda a: optax.tree.norm(optax.tree.sub(a, end), squared=True)
         return away(params) / away(start)
