@@ -11,8 +11,14 @@ import jaxcompress as jc
 from _dataset_models import Network
 
 d = jc.distill.dataset
-EXPERTS, EPOCHS, AHEAD = 3, 6, 2  # networks, epochs of each, and how far MTT looks ahead
+EXPERTS, AHEAD = 3, 2  # networks, and how many epochs MTT looks ahead
 IMAGES, BATCH = 10_000, 256  # of an epoch
+FEATURES = 288  # of the ConvNet that sets are learned with
+
+
+def many(per_class: int) -> bool:
+    """More images than features: methods that fit or follow something need it to be firmer."""
+    return 10 * per_class > FEATURES
 
 
 def updates(per_class: int) -> int:
@@ -24,10 +30,10 @@ def method(name: str, network: Network, per_class: int) -> Any:
     """`name` with a rate near the one of its paper; a flip makes other shoes of shoes.
 
     The images of a class share a slope, so rates of SGD grow with their number; DC's cosines,
-    steep from the start, let it grow from ten on only, and MTT's batch no longer. FRePo's kernel
-    of 288 features has no inverse for more images than that, but for the ridge.
+    steep from the start, let it grow from ten on only, and MTT's batch no longer. FRePo's
+    regression on fewer features than images fits their noise, but for a large ridge.
     """
-    ridge = 1e-6 if 10 * per_class < 288 else 1e-3
+    ridge = 0.1 if many(per_class) else 1e-6
     steep = 0.1 * max(1, per_class / 10)
     sgd = lambda rate: optax.sgd(rate, momentum=0.5)
     how = d.Augmentation(flip=False)
@@ -47,7 +53,12 @@ def method(name: str, network: Network, per_class: int) -> Any:
             augmentation=how,
         ),
         "mtt": lambda: d.mtt(
-            apply, sgd(10.0 * min(per_class, 10)), steps=8, rate=0.1, batch=30, augmentation=how
+            apply,
+            sgd(50.0 if many(per_class) else 10.0 * per_class),
+            steps=8,
+            rate=0.03 if many(per_class) else 0.1,
+            batch=30,
+            augmentation=how,
         ),
     }[name]()
 
@@ -64,8 +75,14 @@ class Experts(NamedTuple):
         return path[start], path[start + AHEAD]
 
 
-def experts(network: Network, x: np.ndarray, y: np.ndarray, quick: bool) -> Experts:
-    """A few networks, each trained on images of its own."""
+def experts(network: Network, x: np.ndarray, y: np.ndarray, per_class: int, quick: bool) -> Experts:
+    """A few networks, each trained on images of its own.
+
+    They go on until they know more than a random set of that size teaches, else to follow them
+    is to unlearn: on held-out images 77 % after five epochs, where there are many images 84 after
+    ten; ten random ones a class teach 76 and fifty 81.
+    """
+    epochs, rate = (12, 0.05) if many(per_class) else (6, 0.02)
 
     def path(seed: int) -> list[Any]:
         random = np.random.default_rng(seed)
@@ -77,6 +94,6 @@ def experts(network: Network, x: np.ndarray, y: np.ndarray, quick: bool) -> Expe
                 yield jnp.asarray(x[chosen]), jnp.asarray(y[chosen], jnp.int32)
 
         params = network.init(jax.random.key(seed))
-        return d.expert(network.apply, params, (epoch() for _ in range(EPOCHS)), optax.sgd(0.02))
+        return d.expert(network.apply, params, (epoch() for _ in range(epochs)), optax.sgd(rate))
 
     return Experts([path(seed) for seed in range(1 if quick else EXPERTS)])

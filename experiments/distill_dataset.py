@@ -9,11 +9,11 @@ Every set trains twenty fresh networks and is tested on 10,000 images: of the pa
 (three blocks of 128; for more than one image a class a quarter as wide, as that takes a twelfth
 of the time) and of an MLP that only KIP's kernel is akin to. The sets of the other methods are
 learned with a ConvNet a quarter as wide: what is claimed is claimed of that. Rates were chosen on
-5,000 training images held out, at 1 and 10 a class, none at 50; updates by the time they take.
+5,000 training images held out, at 1 and 10 a class, at 50 those of MTT and FRePo; updates by the
+time they take.
 Published for 1 / 10 / 50 images a class, learned with the full width: DC 70.5 / 82.3 / 83.6, DSA
 70.6 / 84.6 / 88.7, KIP 76.7 / 88.8 / 91.0. Aimed at: every method beats random by two standard
-errors; of fifty a class MTT and FRePo do not. Writes
-report/distill_dataset: distill_dataset.json, distill_dataset.png.
+errors. Writes report/distill_dataset: distill_dataset.json, distill_dataset.png.
 """
 
 import sys
@@ -83,7 +83,9 @@ def run(options: Any, out: Path) -> dict[str, Any]:
         made = learners.method(method, small, per_class)
         start = d.random(y, per_class, seed=0).reshape(10, per_class)
         learned, random = made.init(jnp.asarray(x[start])), np.random.default_rng(1)
-        experts = learners.experts(small, x, y, options.quick) if method == "mtt" else None
+        experts = None
+        if method == "mtt":
+            experts = learners.experts(small, x, y, per_class, options.quick)
         for i in range(updates(per_class)):
             if experts is not None:
                 seen = experts.pair(random)
