@@ -80,7 +80,7 @@ def experts(network: Network, x: np.ndarray, y: np.ndarray, per_class: int, quic
 
     They go on until they know more than a random set of that size teaches, else to follow them
     is to unlearn: on held-out images 77 % after five epochs, where there are many images 84 after
-    ten; ten random ones a class teach 76 and fifty 81.
+    ten; ten random ones a class teach 75 and fifty 81.
     """
     epochs, rate = (12, 0.05) if many(per_class) else (6, 0.02)
 
