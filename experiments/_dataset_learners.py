@@ -31,7 +31,8 @@ def method(name: str, network: Network, per_class: int) -> Any:
 
     The images of a class share a slope, so rates of SGD grow with their number; DC's cosines,
     steep from the start, let it grow from ten on only, and MTT's batch no longer. FRePo's
-    regression on fewer features than images fits their noise, but for a large ridge.
+    regression on fewer features than images fits their noise, but for a large ridge. DC's networks
+    are not trained in between: in so few updates it gives no more.
     """
     ridge = 0.1 if many(per_class) else 1e-6
     steep = 0.1 * max(1, per_class / 10)

@@ -1,4 +1,4 @@
-"""Learned data sets: images that make a network feel, or move, as the real ones do."""
+"""What is learned and how: a set, a method, and distribution matching, the plainest of them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ __all__ = [
     "Method",
     "check_images",
     "check_real",
-    "dc",
     "dm",
+    "fitted",
     "method_of",
     "seen",
     "stepped",
@@ -112,86 +112,6 @@ def dm(
     return method_of(jax.jit(jax.value_and_grad(distance, 1)), tx)
 
 
-def dc(
-    init: Callable[[jax.Array], Any],
-    apply: Callable[[Any, jax.Array], jax.Array],
-    tx: optax.GradientTransformation,
-    *,
-    augmentation: Augmentation | None = None,
-) -> Method:
-    """Gradient matching: one step on the learned images goes where one on the real ones does.
-
-    `sum_c sum_l sum_o (1 - cos(g_lo(x_c), g_lo(s_c)))`: `g` is the gradient of the
-    cross-entropy to layer `l`, one vector for each output `o` (the last axis of a weight);
-    networks are drawn anew for each update. With an augmentation this is DSA. The papers
-    train each network on between updates; with one image a class they do not, and nor does
-    this.
-
-    Args:
-      init: `init(key)` draws the parameters of a network.
-      apply: `apply(params, images)` gives logits.
-      tx: an optimizer of the images, `optax.sgd(0.1)`.
-      augmentation: of real and learned images alike; none if None.
-
-    Returns:
-      A `Method`. `real` in its `update` is `[classes, batch, ...]`, drawn anew each time.
-
-    >>> import jax, jax.numpy as jnp, optax, jaxcompress as jc
-    >>> net = lambda key: {"w": jax.random.normal(key, (4, 2))}
-    >>> method = jc.distill.dataset.dc(net, lambda p, x: x @ p["w"], optax.sgd(0.1))
-    >>> real = jnp.stack([jnp.ones((5, 4)), -jnp.ones((5, 4))])
-    >>> learned, loss = method.update(jax.random.key(0), method.init(real[:, :1]), real)
-    >>> bool(loss < 1e-5)  # it starts from the real ones
-    True
-
-    Zhao, Mopuri and Bilen, 2021, Dataset Condensation with Gradient Matching,
-    arXiv:2006.05929; with augmentation arXiv:2102.08259.
-    """
-
-    def distance(
-        ours: jax.Array, theirs: jax.Array, params: Any, label: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        def gradient(x: jax.Array) -> Any:
-            x = changed(key, x, augmentation)
-
-            def loss(params: Any) -> jax.Array:
-                log_p = jax.nn.log_softmax(apply(params, x))
-                return -jnp.mean(log_p[:, label])
-
-            return jax.grad(loss)(params)
-
-        target = jax.lax.stop_gradient(gradient(theirs))
-        parts = jax.tree.map(_apart, gradient(ours), target)
-        return sum(jax.tree.leaves(parts), jnp.zeros(()))
-
-    one = jax.jit(jax.value_and_grad(distance))
-    draw = jax.jit(init)
-
-    def slope(key: jax.Array, images: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
-        net_key, augment_key = jax.random.split(key)
-        params = draw(net_key)
-        # A class is a call: a convolution within a scan is many times slower on CPUs.
-        found = [
-            one(ours, theirs, params, jnp.int32(label), jax.random.fold_in(augment_key, label))
-            for label, (ours, theirs) in enumerate(zip(images, real))
-        ]
-        losses, slopes = zip(*found)
-        return jnp.sum(jnp.stack(losses)), jnp.stack(slopes)
-
-    return method_of(slope, tx)
-
-
-def _apart(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`sum_o (1 - cos)` over the outputs of a weight; biases and scales have no part."""
-    if a.ndim < 2:
-        return jnp.zeros(())
-    a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
-    product = jnp.sum(a * b, 0)
-    square = jnp.sum(a**2, 0) * jnp.sum(b**2, 0)
-    there = square > 0
-    return jnp.sum(jnp.where(there, 1 - product / jnp.sqrt(jnp.where(there, square, 1.0)), 0.0))
-
-
 def method_of(
     slope: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     tx: optax.GradientTransformation,
@@ -223,6 +143,13 @@ def stepped(
 def seen(key: jax.Array, images: jax.Array, how: Augmentation | None) -> jax.Array:
     """Images without the axis of classes; with one key what happens to one happens to all."""
     return changed(key, images.reshape(-1, *images.shape[2:]), how)
+
+
+def fitted(
+    params: Any, apply: Callable[[Any, jax.Array], jax.Array], x: jax.Array, y: jax.Array
+) -> jax.Array:
+    """The mean cross-entropy that networks are trained with."""
+    return optax.softmax_cross_entropy_with_integer_labels(apply(params, x), y).mean()
 
 
 def check_images(images: jax.Array) -> None:

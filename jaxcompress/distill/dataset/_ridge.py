@@ -13,6 +13,7 @@ from jaxcompress.distill.dataset._matching import (
     Method,
     check_images,
     check_real,
+    fitted,
     method_of,
     seen,
     stepped,
@@ -222,11 +223,8 @@ def frepo(
         value, gradient = jax.value_and_grad(loss)(learned.images)
         moved = stepped(tx, learned.images, held.state, gradient)
 
-        def training(params: Any) -> jax.Array:
-            logits = apply(params, shown(moved.images))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, moved.labels).mean()
-
-        updates, net_state = trained_by.update(jax.grad(training)(params), net_state, params)
+        slope = jax.grad(fitted)(params, apply, shown(moved.images), moved.labels)
+        updates, net_state = trained_by.update(slope, net_state, params)
         params = optax.apply_updates(params, updates)
         old = held.age[i] + 1 >= age
         fresh = init(init_key)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.distill.dataset._augment import Augmentation, changed
-from jaxcompress.distill.dataset._matching import Learned, Method, check_images, stepped
+from jaxcompress.distill.dataset._matching import Learned, Method, check_images, fitted, stepped
 
 __all__ = ["Rated", "expert", "mtt"]
 
@@ -46,7 +46,7 @@ def expert(
 
     @jax.jit
     def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
-        updates, state = tx.update(jax.grad(_loss)(params, apply, x, y), state, params)
+        updates, state = tx.update(jax.grad(fitted)(params, apply, x, y), state, params)
         return optax.apply_updates(params, updates), state
 
     path, state = [params], tx.init(params)
@@ -137,7 +137,7 @@ def mtt(
                 step_key, draw = jax.random.split(step_key)
                 some = jax.random.permutation(draw, len(flat))[:batch]
                 x, y = flat[some], labels[some]
-            slope = jax.grad(_loss)(params, apply, changed(step_key, x, augmentation), y)
+            slope = jax.grad(fitted)(params, apply, changed(step_key, x, augmentation), y)
             params = jax.tree.map(lambda w, g: w - jnp.exp(log_rate) * g, params, slope)
         away = lambda a: optax.tree.norm(optax.tree.sub(a, end), squared=True)
         return away(params) / away(start)
@@ -169,9 +169,3 @@ def mtt(
         return step(key, learned, (start, end))
 
     return Method(init, update)
-
-
-def _loss(
-    params: Any, apply: Callable[[Any, jax.Array], jax.Array], x: jax.Array, y: jax.Array
-) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(apply(params, x), y).mean()

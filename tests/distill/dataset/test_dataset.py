@@ -163,6 +163,7 @@ def test_dc_is_its_formula():
     [
         lambda **kw: d.dm(net, hidden, optax.adam(0.05), **kw),
         lambda **kw: d.dc(net, logits, optax.adam(0.05), **kw),
+        lambda **kw: d.dc(net, logits, optax.adam(0.05), net_steps=1, age=4, **kw),
     ],
 )
 def test_updates_are_pure_resume_and_come_nearer(make):
@@ -186,6 +187,35 @@ def test_updates_are_pure_resume_and_come_nearer(make):
         method.update(keys[0], learned, REAL[:2])
     with pytest.raises(ValueError, match=r"per class, ...\]; got \(3, 2\)"):
         method.init(SET[..., 0])
+
+
+def test_dc_trains_its_network_on_the_learned_images():
+    """Against softmax regression by hand: momentum, three steps, two updates a network."""
+    draw = lambda key: {"w": jax.random.normal(key, (6, 3))}
+    linear = lambda p, x: x @ p["w"]
+    make = functools.partial(d.dc, draw, linear, optax.sgd(0.1))
+    method = make(net_steps=3, age=2, net_tx=optax.sgd(0.5, momentum=0.5))
+    learned, w = method.init(SET), None
+    for i, key in enumerate(jax.random.split(jax.random.key(8), 5)):
+        if i % 2 == 0:
+            w = np.asarray(draw(jax.random.split(key, 3)[0])["w"], np.float64)
+            speed = np.zeros_like(w)
+        # The loss is that of the network so far, on the images so far.
+        fixed = d.dc(lambda key, w=w: {"w": jnp.float32(w)}, linear, optax.sgd(0.1))
+        want, loss = fixed.update(key, fixed.init(learned.images), REAL)
+        learned, found = method.update(key, learned, REAL)
+        np.testing.assert_allclose(found, loss, rtol=1e-5)
+        np.testing.assert_allclose(learned.images, want.images, rtol=1e-4, atol=1e-6)
+        x, y = np.asarray(learned.flat, np.float64), np.asarray(learned.labels)
+        for _ in range(3):
+            q = np.exp(x @ w) / np.exp(x @ w).sum(-1, keepdims=True)
+            speed = 0.5 * speed + x.T @ (q - np.eye(3)[y]) / len(x)
+            w = w - 0.5 * speed
+        np.testing.assert_allclose(learned.state.params["w"], w, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="net_steps is 0 or more, age 1 or more; got 2 and 0"):
+        make(net_steps=2, age=0)
+    with pytest.raises(ValueError, match="got -1 and 10"):
+        make(net_steps=-1)
 
 
 def test_augmentation_meets_real_and_learned_alike():
