@@ -13,10 +13,10 @@ from jaxcompress.distill.dataset._matching import (
     Method,
     check_images,
     check_real,
-    fitted,
     method_of,
     seen,
     stepped,
+    trained,
 )
 
 __all__ = ["Trained", "dc"]
@@ -128,9 +128,7 @@ def dc(
 
     def start(images: jax.Array) -> Learned:
         check_images(images)
-        blank = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init, jax.random.key(0))
-        )
+        blank = optax.tree.zeros_like(jax.eval_shape(init, jax.random.key(0)))
         held = Trained(tx.init(images), blank, trained_by.init(blank), jnp.int32(0))
         return Learned(images, held)
 
@@ -144,9 +142,7 @@ def dc(
     @jax.jit
     def train(key: jax.Array, params: Any, net_state: Any, learned: Learned) -> tuple[Any, Any]:
         x = seen(key, learned.images, augmentation)
-        gradient = jax.grad(fitted)(params, apply, x, learned.labels)
-        updates, net_state = trained_by.update(gradient, net_state, params)
-        return optax.apply_updates(params, updates), net_state
+        return trained(trained_by, apply, params, net_state, x, learned.labels)
 
     def update(key: jax.Array, learned: Learned, real: jax.Array) -> tuple[Learned, jax.Array]:
         check_real(learned.images, real)

@@ -19,6 +19,7 @@ __all__ = [
     "method_of",
     "seen",
     "stepped",
+    "trained",
 ]
 
 
@@ -150,6 +151,19 @@ def fitted(
 ) -> jax.Array:
     """The mean cross-entropy that networks are trained with."""
     return optax.softmax_cross_entropy_with_integer_labels(apply(params, x), y).mean()
+
+
+def trained(
+    tx: optax.GradientTransformation,
+    apply: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    state: Any,
+    x: jax.Array,
+    y: jax.Array,
+) -> tuple[Any, Any]:
+    """A network, and its optimizer's state, after a step of training."""
+    updates, state = tx.update(jax.grad(fitted)(params, apply, x, y), state, params)
+    return optax.apply_updates(params, updates), state
 
 
 def check_images(images: jax.Array) -> None:

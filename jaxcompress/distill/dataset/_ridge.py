@@ -13,10 +13,10 @@ from jaxcompress.distill.dataset._matching import (
     Method,
     check_images,
     check_real,
-    fitted,
     method_of,
     seen,
     stepped,
+    trained,
 )
 
 __all__ = ["frepo", "kip", "relu_ntk"]
@@ -223,9 +223,9 @@ def frepo(
         value, gradient = jax.value_and_grad(loss)(learned.images)
         moved = stepped(tx, learned.images, held.state, gradient)
 
-        slope = jax.grad(fitted)(params, apply, shown(moved.images), moved.labels)
-        updates, net_state = trained_by.update(slope, net_state, params)
-        params = optax.apply_updates(params, updates)
+        params, net_state = trained(
+            trained_by, apply, params, net_state, shown(moved.images), moved.labels
+        )
         old = held.age[i] + 1 >= age
         fresh = init(init_key)
         params, net_state = jax.tree.map(

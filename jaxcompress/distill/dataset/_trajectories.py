@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.distill.dataset._augment import Augmentation, changed
-from jaxcompress.distill.dataset._matching import Learned, Method, check_images, fitted, stepped
+from jaxcompress.distill.dataset._matching import (
+    Learned,
+    Method,
+    check_images,
+    fitted,
+    stepped,
+    trained,
+)
 
 __all__ = ["Rated", "expert", "mtt"]
 
@@ -46,8 +53,7 @@ def expert(
 
     @jax.jit
     def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
-        updates, state = tx.update(jax.grad(fitted)(params, apply, x, y), state, params)
-        return optax.apply_updates(params, updates), state
+        return trained(tx, apply, params, state, x, y)
 
     path, state = [params], tx.init(params)
     for epoch in batches:
