@@ -4,7 +4,8 @@ The weights are made as the library stores them and decoded here in float64.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +25,22 @@ class Problem(NamedTuple):
     args: list[Any]
     want: list[np.ndarray]
     bound: list[np.ndarray]
+    also: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # other kernels of a backend
+    trains: bool = False
 
     def is_right(self, got: Any) -> bool:
         """Whether every number of every result is within its bound."""
         pairs = zip(jax.tree.leaves(got), self.want, self.bound)
         return all(np.all(np.abs(np.asarray(g, np.float64) - w) <= b) for g, w, b in pairs)
+
+    def dense(self) -> tuple[Callable[..., Any], list[Any]]:
+        """The product that this one replaces, in bfloat16, and its arguments."""
+        rng, (m, k) = np.random.default_rng(1), self.args[0].shape
+        n = self.args[-1].shape[-1] if self.trains else self.want[0].shape[-1]
+        x, w, g = (rng.normal(size=s).astype(jnp.bfloat16) for s in ((m, k), (k, n), (m, n)))
+        if self.trains:
+            return lambda x, w, g: jax.vjp(jnp.matmul, x, w)[1](g), [x, w, g]
+        return jnp.matmul, [x, w]
 
 
 def int8(m: int, k: int, n: int) -> Problem:
@@ -43,7 +55,7 @@ def int8(m: int, k: int, n: int) -> Problem:
 def int8_then(m: int, k: int, n: int, activation: str | None = "gelu") -> Problem:
     """The same with scales, a bias and an activation behind it, as int8 codes."""
     rng = np.random.default_rng(0)
-    _, (x, w), [sums], _ = int8(m, k, n)
+    _, (x, w), [sums], *_ = int8(m, k, n)
     scales = [rng.uniform(0.5, 1, s).astype(np.float32) / k for s in ((m, 1), (1, n))]
     bias = rng.normal(size=(1, n)).astype(np.float32)
     out_scale = np.full((1, 1), 0.02, np.float32)
@@ -99,7 +111,8 @@ def two_of_four(m: int, k: int, n: int, integers: bool = False) -> Problem:
     indices = jc.arrays._packing.pack(jnp.asarray(places.reshape(-1, n).astype(np.int8)), 2, 0)
     op = functools.partial(jc.ops.nm_matmul, n=2, m=4, dtype=jnp.bfloat16)
     want, bound = _of_floats(x, w.reshape(k, n))
-    return Problem(op, [x, values.reshape(-1, n), indices], [want], [bound])
+    also = {} if integers else {"triton": ("triton_sparse",)}
+    return Problem(op, [x, values.reshape(-1, n), indices], [want], [bound], also)
 
 
 def blocks(m: int, k: int, n: int, side: int = 128, trains: bool = False) -> Problem:
@@ -137,7 +150,7 @@ def blocks(m: int, k: int, n: int, side: int = 128, trains: bool = False) -> Pro
         cut = part.reshape(down, side, across, side).transpose(2, 0, 1, 3)
         cut = np.take_along_axis(cut, rows[..., None, None], 1)
         parts.append(cut * is_used[..., None, None])
-    return Problem(gradients, [*args, g], [dx, parts[0]], [dx_bound, parts[1]])
+    return Problem(gradients, [*args, g], [dx, parts[0]], [dx_bound, parts[1]], trains=True)
 
 
 def _of_floats(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -291,7 +291,7 @@ def _cpu_refuses(static: _Static) -> Callable[[Problem, str], str | None]:
 
 def _by_kernel(static, where, x, blocks, rows, counts):
     across = rows.shape[1]
-    lists = _lists(rows, counts, across, turned=False)
+    lists = _as_they_lie(rows, counts) if where == "gpu" else _lists(rows, counts, across, False)
     return _product(static, where, x, blocks, lists, across, False)[..., : static.columns]
 
 
@@ -313,7 +313,8 @@ def _product(static, where, x, blocks, lists, count, transpose_w):
         chip=_chip(where),
     )
     w = blocks.reshape(blocks.shape[0], -1, static.width)
-    return call_kernel(run, ("bmk", "bpq", *["b1e"] * 3), x, w, *lists, is_cut=where == "gpu")
+    letters = ("bmk", "bpq", *["b1e"] * 3, *["b1c"] * 2)
+    return call_kernel(run, letters, x, w, *lists, is_cut=where == "gpu")
 
 
 def _dblocks_by_kernel(static, where, x, blocks, rows, counts, g):
@@ -336,6 +337,20 @@ def _module(where: str) -> Any:
 
 def _chip(where: str) -> str | None:
     return chip("tpu") if where == "tpu" else chip("cuda") or chip("rocm")
+
+
+def _as_they_lie(rows: jax.Array, counts: jax.Array | None) -> tuple[jax.Array, ...]:
+    """The same without sorting, for who walks from where a line starts to where it ends.
+
+    The blocks of a column lie next to each other, those that it does not use at its end.
+    """
+    b, across, slots = rows.shape
+    every = jnp.arange(across * slots, dtype=jnp.int32).reshape(1, 1, across, slots)
+    every = jnp.broadcast_to(every, (b, 1, across, slots))
+    starts = every[..., 0]
+    ends = starts + (slots if counts is None else counts[:, None])
+    flat = lambda a: a.reshape(b, 1, across * slots)
+    return flat(every // slots), flat(rows), flat(every), starts, ends
 
 
 def _used(rows: jax.Array, counts: jax.Array | None) -> jax.Array:

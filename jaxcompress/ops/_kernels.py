@@ -22,7 +22,16 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcompress.ops._choice import Problem
 
-__all__ = ["CHIPS", "blocks_of", "call_kernel", "chip", "no_pallas_tpu", "no_triton", "not_cut"]
+__all__ = [
+    "CHIPS",
+    "blocks_of",
+    "call_kernel",
+    "chip",
+    "many_rows",
+    "no_pallas_tpu",
+    "no_triton",
+    "not_cut",
+]
 
 # What the kernels are compiled for in every run of the checks, as `chip` names it.
 CHIPS = {
@@ -71,6 +80,19 @@ def not_cut(platform: str) -> str | None:
     return "XLA cannot cut it over several TPUs; it needs shard_map or a mesh of explicit axes"
 
 
+def many_rows(problem: Problem, platform: str) -> str | None:
+    """Why a kernel that decodes a weight for every tile should not be taken on a GPU."""
+    if platform in ("cuda", "rocm") and problem.m > _MANY_ROWS:
+        return (
+            f"of more than {_MANY_ROWS} rows XLA, which decodes the weight once, is faster (H100)"
+        )
+    return None
+
+
+# Faster by the kernel at 64 rows, by XLA at 256, of a weight of 4096 x 4096.
+_MANY_ROWS = 128
+
+
 def blocks_of(
     op: str, backend: str, sizes: Callable[[Problem], tuple[Any, ...]]
 ) -> Callable[[Problem, str], str]:
@@ -96,7 +118,8 @@ def _in_words(cut: Any) -> str:
     size = " x ".join(map(str, cut[:3]))
     if len(cut) == 3:
         return f"blocks of {size}"
-    more = (f"{n} {name.removeprefix('num_')}" for name, n in zip(cut._fields[3:], cut[3:]))
+    named = zip(cut._fields[3:], cut[3:])
+    more = (f"{n} {name.removeprefix('num_')}" for name, n in named if (name, n) != ("programs", 1))
     return f"tiles of {size}, {', '.join(more)}"
 
 

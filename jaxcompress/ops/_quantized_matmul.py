@@ -22,6 +22,7 @@ from jaxcompress.ops._kernels import (
     blocks_of,
     call_kernel,
     chip,
+    many_rows,
     no_pallas_tpu,
     no_triton,
     not_cut,
@@ -363,7 +364,7 @@ def _triton_refuses(problem: Problem, platform: str) -> str | None:
 def _kernel_defers(problem: Problem, platform: str) -> str | None:
     if problem.k < 256 or problem.n < 128:
         return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
-    return not_cut(platform)
+    return many_rows(problem, platform) or not_cut(platform)
 
 
 def scaled_dot(

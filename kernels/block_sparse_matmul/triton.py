@@ -4,6 +4,7 @@ A program makes a tile of one line of the result, and walks along the kept block
 line. Lines of many blocks begin first, so that the short ones fill up the end.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from jaxcompress.kernels.block_table import block_table, row_of
-from jaxcompress.kernels.triton_launch import Blocks, triton_call
+from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
 
 __all__ = ["BLOCKS", "Blocks", "block_sparse_matmul", "blocks", "sampled_matmul"]
 
@@ -20,12 +21,13 @@ __all__ = ["BLOCKS", "Blocks", "block_sparse_matmul", "blocks", "sampled_matmul"
 # activations, one for many, and one for the gradient of the weight, whose n and k are at
 # most the sides of a block. No device has measured them.
 BLOCKS = block_table("block_sparse_matmul", "triton", Blocks)
-_FEW = 16  # rows that one instruction takes
+_FEW = 64  # rows
 
 
 def blocks(m: int, side: int, piece: int, chip: str | None = None, sampled: bool = False) -> Blocks:
     """The tile for lines of `side` and pieces of `piece`: a function of shape and chip alone."""
     few, many, gradient = row_of(BLOCKS, chip)
+    few = few._replace(m=max(few.m, triton.next_power_of_2(m)))
     best = gradient if sampled else few if m <= _FEW else many
     # A tile lies within a block: the largest power of two that divides its side.
     return best._replace(n=min(best.n, side & -side), k=min(best.k, piece & -piece))
@@ -37,6 +39,8 @@ def block_sparse_matmul(
     lines: jax.Array,
     sources: jax.Array,
     places: jax.Array,
+    starts: jax.Array | None = None,
+    ends: jax.Array | None = None,
     *,
     height: int,
     count: int,
@@ -51,9 +55,10 @@ def block_sparse_matmul(
     `x[b, m, k]` is float32, bfloat16 or float16 and cut along `k` into pieces of `height`,
     of which `sources[b, 1, e]` names one; the blocks `w[b, e * height, width]`, floats or
     int8, are named by `places[b, 1, e]`. `lines[b, 1, e]` do not fall; an entry of line
-    `count` is unused. With `transpose_w` each block is turned: pieces are of `width`, lines
-    of `height`. Sides of blocks are multiples of 16. `interpret` is a function to call
-    instead of `jax_triton.triton_call`.
+    `count` is unused. Who knows where in the lists a line begins and ends says so with
+    `starts` and `ends[b, 1, count]`, and `lines` are not read. With `transpose_w` each block
+    is turned: pieces are of `width`, lines of `height`. Sides of blocks are multiples of 16.
+    `interpret` is a function to call instead of `jax_triton.triton_call`.
     """
     b, m, k = x.shape
     e, width = w.shape[1] // height, w.shape[2]
@@ -62,20 +67,30 @@ def block_sparse_matmul(
     if 0 in (b, m, count, e):
         return jnp.zeros(out.shape, out.dtype)
     tile = block or blocks(m, side, piece, chip)
-    every = jnp.arange(count + 1, dtype=jnp.int32)
-    starts = jax.vmap(lambda a: jnp.searchsorted(a, every).astype(jnp.int32))(lines[:, 0])
-    order = jnp.argsort(-jnp.diff(starts), axis=1).astype(jnp.int32)  # the longest first
+    parts = splits(tile, b, m, count * side, k)
+    if starts is None or ends is None:
+        # By comparing all with all: a binary search is a loop of launches, and takes ten times
+        # as long as the product.
+        every = jnp.arange(count + 1, dtype=jnp.int32)
+        search = functools.partial(jnp.searchsorted, v=every, method="compare_all")
+        found = jax.vmap(search)(lines[:, 0]).astype(jnp.int32)[:, None]
+        starts, ends = found[..., :-1], found[..., 1:]
+    if m <= _FEW:  # all programs run at once
+        order = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (b, 1, count))
+    else:
+        order = jnp.argsort(starts - ends, axis=-1).astype(jnp.int32)  # the longest first
     call = interpret or triton_call("block_sparse_matmul", chip)
-    return call(
+    found = call(
         x,
         w,
         starts,
+        ends,
         order,
         sources,
         places,
         kernel=_kernel,
-        out_shape=out,
-        grid=(count * (side // tile.n), triton.cdiv(m, tile.m), b),
+        out_shape=split(out, parts),
+        grid=(count * (side // tile.n), triton.cdiv(m, tile.m), b * parts),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         M=m,
@@ -88,7 +103,9 @@ def block_sparse_matmul(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
+        SPLITS=parts,
     )
+    return added(found, out)
 
 
 @triton.jit
@@ -96,6 +113,7 @@ def _kernel(
     x,
     w,
     starts,
+    ends,
     order,
     sources,
     places,
@@ -110,13 +128,13 @@ def _kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     tiles: tl.constexpr = SIDE // BLOCK_N  # of a line
     steps: tl.constexpr = PIECE // BLOCK_K  # of a block
-    batch = tl.program_id(2).to(tl.int64)  # whole arrays may pass 2^31 elements
+    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
     line = tl.load(order + batch * COUNT + tl.program_id(0) // tiles)
-    begin = tl.load(starts + batch * (COUNT + 1) + line)
-    end = tl.load(starts + batch * (COUNT + 1) + line + 1)
+    begin, end = tl.load(starts + batch * COUNT + line), tl.load(ends + batch * COUNT + line)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     along = tl.arange(0, BLOCK_K)
@@ -127,7 +145,9 @@ def _kernel(
     else:
         w_at += along[:, None] * SIDE + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(begin * steps, end * steps):
+    own = ((end - begin) * steps + SPLITS - 1) // SPLITS  # steps of this program
+    mine = begin * steps + tl.program_id(2) % SPLITS * own
+    for step in range(mine, min(mine + own, end * steps)):
         entry = batch * ENTRIES + step // steps
         part = step % steps * BLOCK_K  # where in the piece
         first = tl.load(sources + entry) * PIECE + part
@@ -140,6 +160,8 @@ def _kernel(
         if weight.dtype == tl.int8:  # by float32: the interpreter has no other way to bfloat16
             weight = weight.to(tl.float32)
         total = tl.dot(values, weight.to(values.dtype), total, input_precision="ieee")
+    if SPLITS > 1:
+        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
     out_at = out + (batch * M + row[:, None]) * (COUNT * SIDE) + line * SIDE + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=row[:, None] < M)
 

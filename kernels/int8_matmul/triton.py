@@ -22,6 +22,9 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "int8_matmul"]
 # 128 x 128 spills on sm_80, with eight it does not. No device has measured them.
 BLOCKS = block_table("int8_matmul", "triton", Blocks)
 _SMALLEST = 16  # rows and columns that the instruction takes
+# Tensor cores take int8 that lies along k. From so many rows on a weight that does not is turned
+# first, which costs its bytes twice; within the kernel every tile of it is turned for itself.
+_FEW = 128
 
 
 def blocks(m: int, n: int, k: int, chip: str | None = None) -> Blocks:
@@ -56,6 +59,8 @@ def int8_matmul(
     `interpret` is a function to call instead of `jax_triton.triton_call`.
     """
     b, m, k = x.shape
+    if not transpose_w and m > _FEW:
+        w, transpose_w = jnp.swapaxes(w, 1, 2), True
     n = w.shape[1 if transpose_w else 2]
     real = any(a is not None for a in (x_scale, w_scale, bias, activation, out_scale))
     kind = jnp.int8 if out_scale is not None else dtype if real else jnp.int32

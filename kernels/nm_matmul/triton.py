@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from jaxcompress.kernels.block_table import block_table, row_of
-from jaxcompress.kernels.triton_launch import Blocks, triton_call
+from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
 
 __all__ = ["BLOCKS", "Blocks", "blocks", "nm_matmul"]
 
@@ -22,13 +22,13 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "nm_matmul"]
 # activations, which is bound by the weight's bytes, and one for many. k counts groups. No
 # device has measured them.
 BLOCKS = block_table("nm_matmul", "triton", Blocks)
-_FEW = 16  # rows that one instruction takes
+_FEW = 64  # rows
 
 
 def blocks(m: int, n: int, chip: str | None = None) -> Blocks:
     """The tile for a product of this size: a function of shape and chip alone."""
     few, many = row_of(BLOCKS, chip)
-    best = few if m <= _FEW else many
+    best = few._replace(m=max(few.m, triton.next_power_of_2(m))) if m <= _FEW else many
     return best._replace(n=min(best.n, max(16, triton.next_power_of_2(n))))
 
 
@@ -71,16 +71,18 @@ def nm_matmul(
     group = group_size // m if group_size is not None and group_size < k else None
     # Triton takes no None: what is absent is a single 1 that is never read.
     one = jnp.ones((1, 1, 1), jnp.float32)
+    parts = splits(tile._replace(k=tile.k * m), b, rows, columns, k)
+    later = parts > 1 and integers  # scales are for the whole sum, which is exact
     call = interpret or triton_call("nm_matmul", chip)
-    return call(
+    found = call(
         x,
         values,
         indices,
         one if scale is None else scale.astype(jnp.float32),
         one if x_scale is None else x_scale.astype(jnp.float32),
         kernel=_kernel,
-        out_shape=out,
-        grid=(triton.cdiv(columns, tile.n), triton.cdiv(rows, tile.m), b),
+        out_shape=split(out, parts, jnp.int32 if integers else jnp.float32),
+        grid=(triton.cdiv(columns, tile.n), triton.cdiv(rows, tile.m), b * parts),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         ROWS=rows,
@@ -90,14 +92,16 @@ def nm_matmul(
         M=m,
         BITS=max(1, (m - 1).bit_length()),
         VALUE_BITS=bits if values.dtype == jnp.uint8 else 8,
-        HAS_SCALE=scale is not None,
-        HAS_X_SCALE=x_scale is not None,
+        HAS_SCALE=scale is not None and not later,
+        HAS_X_SCALE=x_scale is not None and not later,
         SHARED=group or 0,
         INTEGERS=integers,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
+        SPLITS=parts,
     )
+    return added(found, out, *((x_scale, scale) if later else ()))
 
 
 @triton.jit
@@ -172,9 +176,12 @@ def _kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     planes: tl.constexpr = (GROUPS * N + 63) // 64  # blocks of 64 places, 8 BITS bytes each
-    batch = tl.program_id(2).to(tl.int64)  # whole arrays may pass 2^31 elements
+    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
+    own: tl.constexpr = (GROUPS + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    begin = tl.program_id(2) % SPLITS * own  # of this program's part of the sums
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     along = tl.arange(0, BLOCK_K)
@@ -189,7 +196,7 @@ def _kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGERS else tl.float32)
     kind: tl.constexpr = x.dtype.element_ty
     zeros = tl.zeros((BLOCK_K, BLOCK_N), dtype=kind)
-    for start in range(0, GROUPS, BLOCK_K):
+    for start in range(begin, min(begin + own, GROUPS), BLOCK_K):
         inside = (start + along < GROUPS)[:, None] & (column[None, :] < COLUMNS)
         x_mask = (row[:, None] < ROWS) & (start + along < GROUPS)[None, :]
         first = (start + along) * N  # of what is stored
@@ -263,5 +270,7 @@ def _kernel(
     if HAS_SCALE and not SHARED:
         total = total.to(tl.float32) * tl.load(scale_at, mask=column < COLUMNS)[None, :]
     mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
+    if SPLITS > 1:
+        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
     out_at = out + (batch * ROWS + row[:, None]) * COLUMNS + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=mask)

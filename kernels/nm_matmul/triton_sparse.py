@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from jax import lax
 
-from jaxcompress.kernels.triton_launch import triton_call
+from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
 
 __all__ = ["nm_matmul"]
 
-_WARPS = 4
-_STAGES = 2
+_TILE = Blocks(m=8, n=64, k=32, num_warps=4, num_stages=2, programs=1024)
 _KINDS = {"bfloat16": "bf16", "float16": "f16"}
 
 
@@ -57,28 +56,32 @@ def nm_matmul(
     kinds = kinds.format(_KINDS.get(x.dtype.name))
     # Triton takes no None: what is absent is a single 1 that is never read.
     one = jnp.ones((1, 1, 1), jnp.float32)
+    parts = splits(_TILE._replace(k=16 * per), b, rows, columns, k)  # of one instruction
+    later = parts > 1  # scales are for the whole sum, which is exact
     call = interpret or triton_call("nm_matmul_sparse", chip)
-    return call(
+    found = call(
         words,
         bits,
         indices,
         one if scale is None else scale.astype(jnp.float32),
         one if x_scale is None else x_scale.astype(jnp.float32),
         kernel=_kernel,
-        out_shape=out,
-        grid=(triton.cdiv(columns, 16 * _WARPS), triton.cdiv(rows, 8), b),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        out_shape=split(out, parts, jnp.int32 if integers else jnp.float32),
+        grid=(triton.cdiv(columns, _TILE.n), triton.cdiv(rows, _TILE.m), b * parts),
+        num_warps=_TILE.num_warps,
+        num_stages=_TILE.num_stages,
         ROWS=rows,
         COLUMNS=columns,
         KEPT=k // 2,
         PER=per,
-        HAS_SCALE=scale is not None,
-        HAS_X_SCALE=x_scale is not None,
+        HAS_SCALE=scale is not None and not later,
+        HAS_X_SCALE=x_scale is not None and not later,
         ASM=f"mma.sp::ordered_metadata.sync.aligned.{shape}.row.col.{kinds} "
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, $16, 0x0;",
-        WARPS=_WARPS,
+        WARPS=_TILE.num_warps,
+        SPLITS=parts,
     )
+    return added(found, out, x_scale, scale)
 
 
 @triton.jit
@@ -144,11 +147,15 @@ def _kernel(
     HAS_X_SCALE: tl.constexpr,
     ASM: tl.constexpr,
     WARPS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     integers: tl.constexpr = PER == 4
     words: tl.constexpr = 2 * KEPT // PER  # of a row of x
     planes: tl.constexpr = (KEPT + 63) // 64  # blocks of 64 places, 16 bytes each
-    batch = tl.program_id(2).to(tl.int64)  # whole arrays may pass 2^31 elements
+    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
+    step: tl.constexpr = 8 * PER  # kept rows of one instruction
+    own: tl.constexpr = (KEPT + step * SPLITS - 1) // (step * SPLITS) * step
+    own_first = tl.program_id(2) % SPLITS * own
     thread = tl.arange(0, 32 * WARPS)
     group, member = thread % 32 // 4, thread % 4  # of four threads, and which of them
     column = (tl.program_id(0) * WARPS + thread // 32) * 16 + group  # and the one 8 further
@@ -162,7 +169,7 @@ def _kernel(
     else:
         c0 = tl.zeros((32 * WARPS,), dtype=tl.float32)
     c1, c2, c3 = c0, c0, c0
-    for start in range(0, KEPT, 8 * PER):  # kept rows of one instruction
+    for start in range(own_first, min(own_first + own, KEPT), step):
         first = start + member * PER
         next = first + 4 * PER
         a0 = _register(values_at, places_at, first, low, KEPT, COLUMNS, PER)
@@ -213,6 +220,8 @@ def _kernel(
         right = tl.load(at_scale + 8, mask=high)
         c0, c1 = c0.to(tl.float32) * left, c1.to(tl.float32) * left
         c2, c3 = c2.to(tl.float32) * right, c3.to(tl.float32) * right
+    if SPLITS > 1:
+        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
     out_at = out + (batch * ROWS + down) * COLUMNS + column
     kind = out.dtype.element_ty
     tl.store(out_at, c0.to(kind), mask=low & (down < ROWS))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from jaxcompress.kernels.block_table import block_table, row_of
-from jaxcompress.kernels.triton_launch import Blocks, triton_call
+from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
 
 __all__ = ["BLOCKS", "Blocks", "blocks", "quantized_matmul"]
 
@@ -22,7 +22,7 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "quantized_matmul"]
 # activations, which is bound by the weight's bytes, and one for many. No device has
 # measured them.
 BLOCKS = block_table("quantized_matmul", "triton", Blocks)
-_FEW = 16  # rows that one instruction takes
+_FEW = 64  # rows
 _PACKED = 64  # codes in a block of bit planes
 
 
@@ -31,7 +31,7 @@ def blocks(
 ) -> Blocks:
     """The tile for a product of this size: a function of shape and chip alone."""
     few, many = row_of(BLOCKS, chip)
-    best = few if m <= _FEW else many
+    best = few._replace(m=max(few.m, triton.next_power_of_2(m))) if m <= _FEW else many
     # A step lies within one group, or is one block of bit planes that holds whole groups.
     block_k = min(best.k, group_size or best.k)
     return best._replace(n=min(best.n, max(16, triton.next_power_of_2(n))), k=block_k)
@@ -69,15 +69,16 @@ def quantized_matmul(
     block_k = tile.k if stored == 8 else max(tile.k, _PACKED)
     # Triton takes no None: what is absent is a single 0 that is never read.
     zero = jnp.zeros((1, 1, 1), jnp.int8) if zero_point is None else zero_point
+    parts = splits(tile, b, m, n, k)
     call = interpret or triton_call("quantized_matmul", chip)
-    return call(
+    found = call(
         x,
         w,
         scale.astype(jnp.float32),
         zero,
         kernel=_kernel if stored == 8 else _packed_kernel,
-        out_shape=out,
-        grid=(triton.cdiv(n, tile.n), triton.cdiv(m, tile.m), b),
+        out_shape=split(out, parts),
+        grid=(triton.cdiv(n, tile.n), triton.cdiv(m, tile.m), b * parts),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         M=m,
@@ -88,8 +89,10 @@ def quantized_matmul(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=block_k,
+        SPLITS=parts,
         **({"TRANSPOSE_W": transpose_w} if stored == 8 else {"BITS": stored}),
     )
+    return added(found, out)
 
 
 @triton.jit
@@ -117,21 +120,24 @@ def _kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     groups: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
-    batch = tl.program_id(2).to(tl.int64)  # whole arrays may pass 2^31 elements
+    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
+    own: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    begin = tl.program_id(2) % SPLITS * own  # of this program's part of the sums
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     along = tl.arange(0, BLOCK_K)
     scale += batch * groups * N
     zero += batch * groups * N
-    x_at = x + (batch * M + row[:, None]) * K + along[None, :]
+    x_at = x + (batch * M + row[:, None]) * K + begin + along[None, :]
     if TRANSPOSE_W:
-        w_at = w + (batch * N + column[None, :]) * K + along[:, None]
+        w_at = w + (batch * N + column[None, :]) * K + begin + along[:, None]
     else:
-        w_at = w + (batch * K + along[:, None]) * N + column[None, :]
+        w_at = w + (batch * K + begin + along[:, None]) * N + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(begin, min(begin + own, K), BLOCK_K):
         x_mask = row[:, None] < M
         w_mask = column[None, :] < N
         if K % BLOCK_K != 0:
@@ -152,6 +158,8 @@ def _kernel(
     if not GROUP:
         total *= tl.load(scale + column, mask=column < N)[None, :]
     inside = (row[:, None] < M) & (column[None, :] < N)
+    if SPLITS > 1:
+        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
     out_at = out + (batch * M + row[:, None]) * N + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)
 
@@ -179,23 +187,26 @@ def _packed_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     wide: tl.constexpr = 4 if BITS >= 4 else 2  # bits of the widest plane
     parts: tl.constexpr = 8 // wide  # codes in a byte of it
     span: tl.constexpr = 8 * wide  # how far apart they lie
     groups: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
     planes: tl.constexpr = (K + 63) // 64  # blocks of 64 codes, 8 BITS bytes each
-    batch = tl.program_id(2).to(tl.int64)  # whole arrays may pass 2^31 elements
+    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
+    own: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    begin = tl.program_id(2) % SPLITS * own  # of this program's part of the sums
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     byte = tl.arange(0, BLOCK_K // parts)
     plane, code = byte // span, byte % span
     scale += batch * groups * N
     zero += batch * groups * N
-    x_at = x + (batch * M + row[:, None]) * K + (plane * 64 + code)[None, :]
-    w_at = w + (batch * planes + plane[:, None]) * (8 * BITS * N) + column[None, :]
+    x_at = x + (batch * M + row[:, None]) * K + begin + (plane * 64 + code)[None, :]
+    w_at = w + (batch * planes + begin // 64 + plane[:, None]) * (8 * BITS * N) + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(begin, min(begin + own, K), BLOCK_K):
         w_mask = column[None, :] < N
         if K % BLOCK_K != 0:
             w_mask = w_mask & (start // 64 + plane[:, None] < planes)
@@ -226,5 +237,7 @@ def _packed_kernel(
     if not GROUP:
         total *= tl.load(scale + column, mask=column < N)[None, :]
     inside = (row[:, None] < M) & (column[None, :] < N)
+    if SPLITS > 1:
+        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
     out_at = out + (batch * M + row[:, None]) * N + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from jaxcompress.kernels.block_table import block_table, row_of
-from jaxcompress.kernels.triton_launch import Blocks, triton_call
+from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
 
 __all__ = ["BLOCKS", "Blocks", "blocks", "w4a8_matmul"]
 
@@ -23,7 +23,7 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "w4a8_matmul"]
 # activations, which is bound by the weight's bytes, and one for many. No device has
 # measured them.
 BLOCKS = block_table("w4a8_matmul", "triton", Blocks)
-_FEW = 16  # rows that one instruction takes
+_FEW = 64  # rows
 _PACKED = 64  # codes in a block of bit planes
 
 
@@ -32,7 +32,7 @@ def blocks(
 ) -> Blocks:
     """The tile for a product of this size: a function of shape and chip alone."""
     few, many = row_of(BLOCKS, chip)
-    best = few if m <= _FEW else many
+    best = few._replace(m=max(few.m, triton.next_power_of_2(m))) if m <= _FEW else many
     # A step lies within one group, or is one block of bit planes that holds two.
     block_k = max(_PACKED, min(best.k, group_size or best.k))
     return best._replace(n=min(best.n, max(16, triton.next_power_of_2(n))), k=block_k)
@@ -67,16 +67,17 @@ def w4a8_matmul(
     tile = block or blocks(m, n, k, group, chip)
     # Triton takes no None: what is absent is a single 1 or 0 that is never read.
     one, nothing = jnp.ones((1, 1, 1), jnp.float32), jnp.zeros((1, 1, 1), jnp.int8)
+    parts = splits(tile, b, m, n, k)
     call = interpret or triton_call("w4a8_matmul", chip)
-    return call(
+    found = call(
         x,
         w,
         w_scale.astype(jnp.float32),
         one if x_scale is None else x_scale.astype(jnp.float32),
         nothing if w_zero_point is None else w_zero_point,
         kernel=_kernel,
-        out_shape=out,
-        grid=(triton.cdiv(n, tile.n), triton.cdiv(m, tile.m), b),
+        out_shape=split(out, parts),
+        grid=(triton.cdiv(n, tile.n), triton.cdiv(m, tile.m), b * parts),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         M=m,
@@ -88,7 +89,9 @@ def w4a8_matmul(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
+        SPLITS=parts,
     )
+    return added(found, out)
 
 
 @triton.jit
@@ -108,23 +111,26 @@ def _kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     groups: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
     planes: tl.constexpr = (K + 63) // 64  # blocks of 64 codes, 32 bytes each
     # Where a step holds two groups, each half of its bytes lies in one.
     apart: tl.constexpr = GROUP != 0 and GROUP < BLOCK_K
-    batch = tl.program_id(2).to(tl.int64)  # whole arrays may pass 2^31 elements
+    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
+    own: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    begin = tl.program_id(2) % SPLITS * own  # of this program's part of the sums
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     byte = tl.arange(0, BLOCK_K // 2)
     plane, code = byte // 32, byte % 32
     scale_at = w_scale + batch * groups * N + column
     zero_at = zero + batch * groups * N + column
-    x_at = x + (batch * M + row[:, None]) * K + (plane * 64 + code)[None, :]
-    w_at = w + (batch * planes * 32 + byte[:, None]) * N + column[None, :]
+    x_at = x + (batch * M + row[:, None]) * K + begin + (plane * 64 + code)[None, :]
+    w_at = w + (batch * planes * 32 + begin // 2 + byte[:, None]) * N + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     scaled = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(begin, min(begin + own, K), BLOCK_K):
         w_mask = column[None, :] < N
         if K % BLOCK_K != 0:
             w_mask = w_mask & (start // 2 + byte[:, None] < planes * 32)
@@ -154,5 +160,7 @@ def _kernel(
         scales = tl.load(x_scale + batch * M + row, mask=row < M)
         scaled *= scales[:, None]
     inside = (row[:, None] < M) & (column[None, :] < N)
+    if SPLITS > 1:
+        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
     out_at = out + (batch * M + row[:, None]) * N + column[None, :]
     tl.store(out_at, scaled.to(out.dtype.element_ty), mask=inside)

@@ -47,7 +47,7 @@ PROBLEMS = {
 def test_the_answers_are_those_of_the_formula(name):
     """The reference stands in for a kernel: it is right, and both have a time; one off is not."""
     problem = PROBLEMS[name]
-    row = bench_kernels.measure(problem, "reference", 1)
+    row = bench_kernels.measure(problem, ["reference"], 1)
     assert row["right"]
     assert row["milliseconds"]["reference"] > 0
     for i, want in enumerate(problem.want):
@@ -80,6 +80,6 @@ def test_a_wrong_product_is_not_timed(monkeypatch):
     right = jc.ops.int8_matmul
     wrong = lambda x, w, **options: right(x, w, **options).at[0, 0].add(1)
     monkeypatch.setattr(jc.ops, "int8_matmul", wrong)
-    row = bench_kernels.measure(problems.int8(9, 70, 5), "reference", 1)
+    row = bench_kernels.measure(problems.int8(9, 70, 5), ["reference"], 1)
     assert not row["right"]
     assert "milliseconds" not in row

@@ -14,7 +14,7 @@ import jaxcompress as jc
 import oracles
 from checks import ON_CPU, quantized, random
 from jaxcompress.kernels.triton_launch import Blocks
-from jaxcompress.ops import _int8_matmul, _kernels, _quantized_matmul
+from jaxcompress.ops import _int8_matmul, _kernels, _nm_matmul, _quantized_matmul
 from jaxcompress.ops._choice import Problem, choose
 from jaxcompress.ops._kernels import call_kernel
 
@@ -145,6 +145,29 @@ def test_explain_says_how_a_kernel_cuts_the_product(monkeypatch):
             assert row.why.endswith(f"; blocks of {' x '.join(map(str, cut))}, {words}")
     tile = Blocks(m=16, n=64, k=128, num_warps=4, num_stages=3)
     assert _kernels._in_words(tile) == "tiles of 16 x 64 x 128, 4 warps, 3 stages"
+    said = _kernels._in_words(tile._replace(programs=512))
+    assert said == "tiles of 16 x 64 x 128, 4 warps, 3 stages, 512 programs"
+
+
+TABLES = [
+    _quantized_matmul.table(),
+    _nm_matmul._table(_nm_matmul._Static(2, 4, "int8", "bfloat16", None)),
+]
+HERE = [("cuda", "triton", "9.0"), ("rocm", "triton", "gfx942"), ("tpu", "pallas_tpu", "TPU v5")]
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(("platform", "kernel", "here"), HERE)
+def test_of_many_rows_a_gpu_leaves_the_product_to_xla(table, platform, kernel, here, monkeypatch):
+    monkeypatch.setattr(_kernels, "_has_jax_triton", lambda: True)
+    monkeypatch.setattr(_kernels, "chip", lambda asked: here if asked == platform else None)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for m in (128, 129):
+        problem = Problem(m=m, k=1024, n=1024, dtype="bfloat16")
+        choice = choose(table, problem, platform)
+        left = m > 128 and platform != "tpu"
+        assert choice.implementation.name == ("reference" if left else kernel)
+        assert ("of more than 128 rows XLA" in choice.why) == left
 
 
 @pytest.mark.parametrize("op", ["quantized_matmul", "w4a8_matmul"])
