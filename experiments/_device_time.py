@@ -29,10 +29,11 @@ def layered(
     @jax.jit
     def program(xs: jax.Array, copies: Any) -> Any:
         def once(i: Any, before: Any) -> Any:
-            # Behind the barrier the weights are another pass's: else what is made of them alone
-            # would be made once, ahead of the loop.
-            x, weights = jax.lax.optimization_barrier((xs[i], copies))
-            return [run(x, *one) for one in weights]
+            # Behind its barrier every layer has rows of its own, else XLA merges products that
+            # share them, with copies of both weights; and its weights are another pass's, else
+            # what is made of them alone is made once, ahead of the loop.
+            apart = (jax.lax.optimization_barrier((xs[i], weights)) for weights in copies)
+            return [run(x, *weights) for x, weights in apart]
 
         shapes = jax.eval_shape(once, 0, None)
         start = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), shapes)

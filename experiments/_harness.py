@@ -62,8 +62,17 @@ def environment(seeds: Sequence[int] = ()) -> dict[str, Any]:
             "processor": _processor(),
             "cores": os.cpu_count(),
             "system": platform.system(),
+            **_accelerator(),
         },
     }
+
+
+def _accelerator() -> dict[str, str]:
+    """The GPU or TPU that the program's jax works on, if there is one."""
+    jax = sys.modules.get("jax")
+    if jax is None or jax.default_backend() == "cpu":
+        return {}
+    return {"accelerator": jax.devices()[0].device_kind}
 
 
 def _commit() -> str:

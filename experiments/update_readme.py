@@ -29,6 +29,7 @@ README = ROOT / "README.md"
 TOUR = ROOT / "docs" / "first_principles.md"
 CPU = ROOT / "docs" / "cpu.md"
 PRUNING = ROOT / "docs" / "pruning.md"
+KERNELS = ROOT / "docs" / "kernels.md"
 DISTILLATION = ROOT / "docs" / "distillation.md"
 
 
@@ -170,13 +171,43 @@ def dataset_block(record: dict) -> str:
             line.append(text if known else f"*{text}*")
         line.append(" / ".join(f"{v:.1f}" for v in record["published"].get(method, ())))
         lines.append(f"| {' | '.join(line)} |")
-    picture = "![the first image of each class of each set](../experiments/results/{}.png)"
-    return "\n".join([*lines, "", picture.format("distill_dataset"), ""])
+    name = "distill_dataset_full" if "--full" in environment["command"] else "distill_dataset"
+    picture = f"![the first image of each class of each set](../experiments/results/{name}.png)"
+    return "\n".join([*lines, "", picture, ""])
+
+
+def kernels_block(record: dict) -> str:
+    """A row for each kind of weight, a column for each number of rows of activations."""
+    cells: dict[tuple[str, str], str] = {}
+    for row in record["rows"]:
+        m, _, k, _, n, what = row["product"].split(maxsplit=5)
+        found = dict(row["milliseconds"])
+        others = [found.pop(name, None) for name in ("reference", "bfloat16")]
+        for kernel, t in found.items():
+            ratios = [f"{other / t:.2f}" for other in others if other is not None]
+            text = ", ".join([f"{1e3 * t:.0f} µs", *ratios])
+            cells[f"{what}, {kernel}", f"{m} x {k} x {n}"] = text
+    columns = list(dict.fromkeys(size for _, size in cells))
+    columns.sort(key=lambda size: int(size.split()[0]))
+    lines = [
+        "",
+        "A product's time in a program of several layers, then how many times as fast it is as "
+        "XLA's own product of the same arrays, and as the uncompressed weight in bfloat16. "
+        f"`{record['environment']['command']}` on {machine(record)}, jax "
+        f"{record['environment']['versions']['jax']}; all right, by the bounds of the suite.",
+        "",
+        "| weight | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for what in dict.fromkeys(name for name, _ in cells):
+        lines.append(f"| {what} | " + " | ".join(cells.get((what, c), "") for c in columns) + " |")
+    return "\n".join([*lines, ""])
 
 
 def machine(record: dict) -> str:
     found = record["environment"]["machine"]
-    return f"{found['cores']} cores ({found['processor']})"
+    cores = f"{found['cores']} cores ({found['processor']})"
+    return f"one {found['accelerator']} and {cores}" if "accelerator" in found else cores
 
 
 def replaced(page: str, name: str, block: str) -> str:
@@ -191,7 +222,8 @@ def take(
     record = json.loads((report / file).read_text())
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{name}.json", record)
-    shutil.copyfile(report / picture, RESULTS / f"{name}.png")
+    if (report / picture).exists():
+        shutil.copyfile(report / picture, RESULTS / f"{name}.png")
     page.write_text(replaced(page.read_text(), name, block(record)))
 
 
@@ -199,7 +231,9 @@ PAGES = {
     "first_principles": (TOUR, tour_block),
     "bench_cpu": (CPU, cpu_block),
     "bench_containers": (PRUNING, containers_block),
+    "bench_kernels": (KERNELS, kernels_block),
     "distill_dataset": (DISTILLATION, dataset_block),
+    "distill_dataset_full": (DISTILLATION, dataset_block),
 }
 
 

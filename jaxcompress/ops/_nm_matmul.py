@@ -314,7 +314,7 @@ def _table(static: _Static) -> tuple[Implementation, ...]:
             "half the products, on sparse tensor cores",
             run(_triton_sparse),
             functools.partial(_sparse_refuses, static),
-            lambda problem, platform: "putting the zeros back was faster on an H100",
+            lambda problem, platform: "the kernel that puts the zeros back was faster on an H100",
         ),
         Implementation("reference", "zeros are put back, then a dense product", run(_reference)),
     )

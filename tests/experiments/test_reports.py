@@ -85,11 +85,25 @@ def test_the_tables_of_the_cpu_have_a_column_for_each_work():
         assert update_readme.replaced(page, "bench_cpu", block) == page
 
 
-def test_the_page_of_distillation_has_the_table_of_its_json():
-    record = json.loads((ROOT / "experiments/results/distill_dataset.json").read_text())
+def test_the_page_of_kernels_has_the_table_of_its_json():
+    record = json.loads((ROOT / "experiments/results/bench_kernels.json").read_text())
+    page, block = update_readme.KERNELS.read_text(), update_readme.kernels_block(record)
+    assert update_readme.replaced(page, "bench_kernels", block) == page
+    row = next(r for r in record["rows"] if r["product"] == "1 x 4096 x 4096 4 bits by 128")
+    times = row["milliseconds"]
+    ratio = times["bfloat16"] / times["triton"]
+    assert f"{1e3 * times['triton']:.0f} µs, " in block
+    assert f", {ratio:.2f} |" in block
+    assert all(r["right"] for r in record["rows"])
+
+
+@pytest.mark.parametrize("name", ["distill_dataset", "distill_dataset_full"])
+def test_the_page_of_distillation_has_the_table_of_its_json(name):
+    record = json.loads((ROOT / f"experiments/results/{name}.json").read_text())
     page, block = update_readme.DISTILLATION.read_text(), update_readme.dataset_block(record)
-    assert update_readme.replaced(page, "distill_dataset", block) == page
-    one = next(r for r in record["rows"] if r["method"] == "dm" and r["per_class"] == 1)
+    assert update_readme.replaced(page, name, block) == page
+    assert f"results/{name}.png" in block
+    one = next(r for r in record["rows"] if r["method"] == "dm")
     assert f"| dm | {100 * one['accuracy']:.1f} ± {100 * one['std']:.1f} | " in page
 
 

@@ -162,12 +162,12 @@ def test_of_many_rows_a_gpu_leaves_the_product_to_xla(table, platform, kernel, h
     monkeypatch.setattr(_kernels, "_has_jax_triton", lambda: True)
     monkeypatch.setattr(_kernels, "chip", lambda asked: here if asked == platform else None)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    for m in (128, 129):
+    for m in (64, 65):
         problem = Problem(m=m, k=1024, n=1024, dtype="bfloat16")
         choice = choose(table, problem, platform)
-        left = m > 128 and platform != "tpu"
+        left = m > 64 and platform != "tpu"
         assert choice.implementation.name == ("reference" if left else kernel)
-        assert ("of more than 128 rows XLA" in choice.why) == left
+        assert ("of more than 64 rows XLA" in choice.why) == left
 
 
 @pytest.mark.parametrize("op", ["quantized_matmul", "w4a8_matmul"])
