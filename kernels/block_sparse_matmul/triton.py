@@ -21,7 +21,7 @@ __all__ = ["BLOCKS", "Blocks", "block_sparse_matmul", "blocks", "sampled_matmul"
 # activations, one for many, and one for the gradient of the weight, whose n and k are at
 # most the sides of a block. Measured on sm_90 alone.
 BLOCKS = block_table("block_sparse_matmul", "triton", Blocks)
-_FEW = 64  # rows
+_FEW = 64  # rows, of which the first tile has all
 
 
 def blocks(m: int, side: int, piece: int, chip: str | None = None, sampled: bool = False) -> Blocks:
@@ -73,8 +73,8 @@ def block_sparse_matmul(
         # as long as the product.
         every = jnp.arange(count + 1, dtype=jnp.int32)
         search = functools.partial(jnp.searchsorted, v=every, method="compare_all")
-        found = jax.vmap(search)(lines[:, 0]).astype(jnp.int32)[:, None]
-        starts, ends = found[..., :-1], found[..., 1:]
+        bounds = jax.vmap(search)(lines[:, 0]).astype(jnp.int32)[:, None]
+        starts, ends = bounds[..., :-1], bounds[..., 1:]
     if m <= _FEW:  # all programs run at once
         order = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (b, 1, count))
     else:

@@ -22,7 +22,7 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "quantized_matmul"]
 # activations, which is bound by the weight's bytes, and one for many. Measured on
 # sm_90 alone.
 BLOCKS = block_table("quantized_matmul", "triton", Blocks)
-_FEW = 64  # rows
+_FEW = 64  # rows, of which the first tile has all
 _PACKED = 64  # codes in a block of bit planes
 
 

@@ -23,7 +23,7 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "w4a8_matmul"]
 # activations, which is bound by the weight's bytes, and one for many. Measured on
 # sm_90 alone.
 BLOCKS = block_table("w4a8_matmul", "triton", Blocks)
-_FEW = 64  # rows
+_FEW = 64  # rows, of which the first tile has all
 _PACKED = 64  # codes in a block of bit planes
 
 
