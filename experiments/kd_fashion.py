@@ -1,13 +1,13 @@
 """Which loss teaches best? All of them, on Fashion-MNIST, as somebody would first try them.
 
-    python experiments/kd_fashion.py            # about 55 minutes on two cores; resumes
+    python experiments/kd_fashion.py            # about 25 minutes on two cores; resumes
     python experiments/kd_fashion.py --quick    # one seed, one epoch of 2,000 images
 
 Full Fashion-MNIST (Debian's dataset-fashion-mnist): 55,000 images to train on, 10,000 to
 report on. A teacher of 2x1024 units and a student a quarter of its size, every loss, five
 seeds; then convolutions of 16 and 32 channels teach ones of 4 and 8 on 20,000 images, three
 seeds, with the four best losses, plain KD, and the two losses that need maps. The last epoch
-is reported. Aimed at: that the best closes half of the student's gap; it closes 30 %. Which
+is reported. Aimed at: that the best closes half of the student's gap; it closes a quarter. Which
 losses beat plain KD (`kl`) by two standard errors of the paired difference is said of each.
 Writes report/kd_fashion: report.json and kd_fashion.png.
 """
