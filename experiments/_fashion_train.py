@@ -85,6 +85,18 @@ def seen(network: Network) -> Callable[[Any, jax.Array], Seen]:
     return run
 
 
+def cut(large: Network, params: Any, small: Network, x: np.ndarray) -> Network:
+    """`small`, which begins with units of a trained `large`: those of the largest weights."""
+    wanted = jax.eval_shape(small.init, jax.random.key(0))
+    share = 1 - wanted[0]["kernel"].shape[-1] / params[0]["kernel"].shape[-1]
+    masks = jc.prune.mask(params, jc.prune.channel(), share, rules=["[01]/kernel"])
+    _, start = jc.prune.shrink(large.apply, params, masks, jnp.asarray(x[:2]))
+    if jax.tree.map(jnp.shape, start) != jax.tree.map(jnp.shape, wanted):
+        raise ValueError(f"expected {wanted}, got {jax.tree.map(jnp.shape, start)}")
+    # A copy for every student, as its steps are given their arguments to write to.
+    return small._replace(init=lambda key: jax.tree.map(jnp.copy, start))
+
+
 def answers(network: Network, params: Any, x: np.ndarray) -> Seen:
     """What the teacher says of every image: it is asked once, not by each student again."""
     look = jax.jit(seen(network))
