@@ -19,10 +19,7 @@ from jaxcompress.kernels.quantized_matmul import triton as quantized_kernel
 from jaxcompress.kernels.triton_launch import Blocks, added, splits
 from jaxcompress.kernels.w4a8_matmul import triton as w4a8_kernel
 from jaxcompress.ops._kernels import CHIPS
-from nm_matmul_suite import NMMatmulSuite
-from nm_matmul_suite import check as nm_check
-from nm_matmul_suite import check_scaled as nm_check_scaled
-from nm_matmul_suite import integers as nm_integers
+from nm_matmul_suite import NMMatmulSuite, SparseTensorCoresSuite
 from nm_matmul_suite import problem as nm_problem
 from quantized_matmul_suite import QuantizedMatmulSuite, problem
 from triton_on_numpy import count_loads, triton_call
@@ -74,23 +71,11 @@ class TestNMMatmul(NMMatmulSuite):
         return interpreted(nm_kernel.nm_matmul, arrays, options)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 20, 66)])
-def test_two_of_four_by_an_emulated_sparse_instruction(dtype, shape):
-    """Places come in any order; the instruction wants them to ascend."""
-    arrays, x, w = nm_problem(*shape, dtype=dtype)
-    options = {} if dtype == "int8" else dict(dtype=dtype)
-    nm_check(interpreted(sparse_kernel.nm_matmul, arrays, options), x, w, dtype)
+class TestSparseTensorCores(SparseTensorCoresSuite):
+    """The instruction is emulated, from the manual."""
 
-
-@pytest.mark.parametrize("sides", ["x", "w", "xw"])
-def test_scales_after_an_emulated_sparse_instruction(sides):
-    (*arrays, scale), x, w = nm_integers(9, 20, 66, dtype="int8")
-    x_scale = np.linspace(0.01, 0.1, 9, dtype=np.float32)[None, :, None]
-    scales = scale if "w" in sides else None, x_scale if "x" in sides else None
-    got = interpreted(sparse_kernel.nm_matmul, (*arrays, *scales), dict(dtype="bfloat16"))
-    codes = np.round(w / scale.astype(np.float64))
-    nm_check_scaled(got, x.astype(np.int64) @ codes.astype(np.int64), scales, "bfloat16")
+    def run(self, *arrays, **options):
+        return interpreted(sparse_kernel.nm_matmul, arrays, options)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])

@@ -63,7 +63,7 @@ FAULTS = [
         "nm_matmul triton_sparse",
         "return tl.where(ordered, a, b), tl.where(ordered, b, a)",
         "return a, b",
-        [*GPU, "sparse_instruction and shape1-int8"],
+        [*GPU, "TestSparseTensorCores and shape1-int8"],
     ),
     Fault(
         "a slot that is filled again before it is free",

@@ -202,3 +202,26 @@ class NMMatmulSuite:
         x = np.ones((1, m, 4 * groups), np.float32)
         got = self.run(x, values, indices, pattern=(2, 4))
         np.testing.assert_array_equal(got, np.zeros((1, m, columns)))
+
+
+class SparseTensorCoresSuite:
+    """What has to hold of two of four by `mma.sp`; `run(*arrays, **options)` calls the kernel."""
+
+    def run(self, *arrays, **options):
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (9, 20, 66), (65, 250, 129)])
+    def test_places_come_in_any_order_and_the_instruction_wants_them_to_ascend(self, dtype, shape):
+        arrays, x, w = problem(*shape, dtype=dtype)
+        options = {} if dtype == "int8" else dict(dtype=dtype)
+        check(self.run(*arrays, **options), x, w, dtype)
+
+    @pytest.mark.parametrize("sides", ["x", "w", "xw"])
+    def test_scales_of_integers(self, sides):
+        (*arrays, scale), x, w = integers(9, 20, 66, dtype="int8")
+        x_scale = np.linspace(0.01, 0.1, 9, dtype=np.float32)[None, :, None]
+        scales = scale if "w" in sides else None, x_scale if "x" in sides else None
+        got = self.run(*arrays, *scales, dtype="bfloat16")
+        codes = np.round(w / scale.astype(np.float64))
+        check_scaled(got, x.astype(np.int64) @ codes.astype(np.int64), scales, "bfloat16")
