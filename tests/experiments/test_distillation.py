@@ -122,6 +122,19 @@ def test_goal_of_kd_digits():
     assert len(by_name["alone"]["errors_each"]) == 5
 
 
+def test_goal_of_kd_fashion():
+    """At least half of the student's gap closed, for both pairs; who beats plain KD is said."""
+    record = json.loads((ROOT / "experiments/results/kd_fashion.json").read_text())
+    assert record["minutes"] < 60
+    for pair in ("MLP", "CNN"):
+        rows = {row["name"]: row for row in record["rows"] if row["pair"] == pair}
+        teacher, alone = rows.pop("teacher")["accuracy"], rows["alone"]["accuracy"]
+        for row in rows.values():
+            assert row["closed"] == pytest.approx((row["accuracy"] - alone) / (teacher - alone))
+            assert row["beats_kl"] == (row["points_over_kl"] > 2 * row["standard_error"] > 0)
+        assert max(row["closed"] for row in rows.values()) >= 0.5
+
+
 @pytest.mark.parametrize("name", ["distill_dataset", "distill_dataset_full"])
 def test_goal_of_distill_dataset(name):
     """Learned sets beat images at random; one DSA's 70.6 at one."""
