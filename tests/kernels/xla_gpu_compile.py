@@ -22,7 +22,7 @@ import xla_gpu
 from cases import Shape
 from expected import Report
 
-TOKENS, WIDTH, HIDDEN, HEADS = 96, 512, 1024, 8
+TOKENS, WIDTH, HIDDEN, HEADS = 48, 512, 1024, 8
 SHAPES = {
     "qkv": (WIDTH, 3 * WIDTH),
     "out": (WIDTH, WIDTH),
