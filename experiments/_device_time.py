@@ -6,25 +6,21 @@ same numbers in memory of their own, again and again, each time other rows of ac
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from _harness import interleaved
+
 LAYERS, PASSES = 6, 12  # weights, and how often a program multiplies by all of them
 
 
-def layered(
-    run: Callable[..., Any], args: list[Any], layers: int = LAYERS, passes: int = PASSES
-) -> Callable[[], Any]:
-    """A function that starts `passes` times `run(rows, *weights)` with every layer's copies.
-
-    It is compiled already.
-    """
-    xs = jnp.stack([jnp.roll(jnp.asarray(args[0]), i, 0) for i in range(passes)])
-    copies = [[jnp.array(a, copy=True) for a in args[1:]] for _ in range(layers)]
+def layered(run: Callable[..., Any], args: list[Any]) -> Callable[[], Any]:
+    """A program of `run(rows, *weights)` for every layer's weights, again and again: compiled."""
+    xs = jnp.stack([jnp.roll(jnp.asarray(args[0]), i, 0) for i in range(PASSES)])
+    copies = [[jnp.array(a, copy=True) for a in args[1:]] for _ in range(LAYERS)]
 
     @jax.jit
     def program(xs: jax.Array, copies: Any) -> Any:
@@ -37,26 +33,13 @@ def layered(
 
         shapes = jax.eval_shape(once, 0, None)
         start = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), shapes)
-        return jax.lax.fori_loop(0, passes, once, start)
+        return jax.lax.fori_loop(0, PASSES, once, start)
 
     compiled = program.lower(xs, copies).compile()
     return lambda: compiled(xs, copies)
 
 
-def milliseconds(
-    programs: dict[str, Callable[[], Any]], repeats: int, layers: int = LAYERS, passes: int = PASSES
-) -> dict[str, list[float]]:
-    """Of one product of each program, in turns: `repeats` numbers each."""
-    for program in programs.values():
-        jax.block_until_ready(program())
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(program())
-            times[name].append((time.perf_counter() - begin) * 1e3 / (layers * passes))
-    return times
-
-
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(found) for name, found in times.items()}
+def milliseconds(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Of one product of each program: medians of `repeats` rounds in turns."""
+    times = interleaved(programs, repeats, budget=float("inf"))
+    return {name: statistics.median(found) / (LAYERS * PASSES) for name, found in times.items()}

@@ -21,7 +21,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _kernel_problems as problems
-from _device_time import layered, medians, milliseconds
+from _device_time import layered, milliseconds
 from _harness import ROOT, Parser, environment, fail, write_json
 from _kernel_problems import Problem
 
@@ -106,7 +106,7 @@ def measure(problem: Problem, kernels: Sequence[str], repeats: int) -> dict[str,
         run["reference"] = functools.partial(problem.run, implementation="reference")
         programs = {name: layered(one, problem.args) for name, one in run.items()}
         programs["bfloat16"] = layered(*problem.dense())
-        row["milliseconds"] = medians(milliseconds(programs, repeats))
+        row["milliseconds"] = milliseconds(programs, repeats)
     return row
 
 

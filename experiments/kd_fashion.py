@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _harness import ROOT, Parser, environment, fail, need, progress, staged, write_json
 from _resume import resumable
 
-BEGUN = ", teacher's units"  # the students that begin with them
-WITH_UNITS = ("alone", "kl", "similarity_preserving", "dist")
+WITH_UNITS = ("alone", "kl", "similarity_preserving", "dist")  # also begun with the teacher's
 
 
 def arguments() -> Any:
@@ -69,14 +68,15 @@ def compare(
     teacher = training.fit(large, methods["alone"], train, None, 1000, 2 * epochs, advance)
     taught = training.answers(large, teacher, train.x)
     begun = training.cut(large, teacher, small, train.x)
+    students = {name: (small, methods[name]) for name in names}
+    students |= {f"{name}, teacher's units": (begun, methods[name]) for name in WITH_UNITS}
 
     def one(name: str, seed: int, advance: Any) -> list[int]:
-        student, method = (begun if name.endswith(BEGUN) else small), methods[name.split(",")[0]]
-        params = training.fit(student, method, train, taught, seed, epochs, advance)
+        params = training.fit(*students[name], train, taught, seed, epochs, advance)
         return np.flatnonzero(~training.right(small, params, test)).tolist()
 
     found = {}
-    for name in names:
+    for name in students:
         advance = add(f"{pair}: {name}", seeds * epochs)
         wrong = [
             once(f"{pair}_{name}_{s}".replace(" ", "_"), partial(one, name, s, advance))
@@ -125,7 +125,7 @@ def run(options: Any, out: Path) -> dict[str, Any]:
             "MLP",
             training.mlp(1024, 1024),
             training.mlp(384, 384),
-            [*METHODS, *(name + BEGUN for name in WITH_UNITS)],
+            METHODS,
             part(many),
             data.test,
             options.seeds,
@@ -133,14 +133,13 @@ def run(options: Any, out: Path) -> dict[str, Any]:
             once,
             add,
         )
-        drawn = [r for r in rows if not r["name"].endswith(BEGUN)]
-        taught = [r for r in drawn if r["name"] not in ("teacher", "alone", "kl")]
+        taught = [r for r in rows if r["name"] in METHODS.keys() - {"alone", "kl"}]
         best = [r["name"] for r in sorted(taught, key=lambda r: -r["accuracy"])[:4]]
         rows += compare(
             "CNN",
             training.cnn(16, 32),
             training.cnn(4, 8),
-            ["alone", "kl", *best, *MAPS, *(name + BEGUN for name in WITH_UNITS)],
+            ["alone", "kl", *best, *MAPS],
             part(few),
             data.test,
             few_seeds,

@@ -16,7 +16,8 @@ that JSON.
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,15 +37,11 @@ DISTILLATION = ROOT / "docs" / "distillation.md"
 def digits_block(record: dict) -> str:
     """The table, one sentence, the picture."""
     head, rows = table(record["variants"])
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    rule = line(["---"] + ["---:"] * (len(head) - 1))
     environment = record["environment"]
     return "\n".join(
         [
             "",
-            line(head),
-            rule,
-            *(line(row) for row in rows),
+            *grid(head[0], head[1:], ((row[0], row[1:]) for row in rows)),
             "",
             record["summary"]
             + f" `{environment['command']}`, seeds {environment['seeds']}, on {machine(record)}; "
@@ -90,14 +87,11 @@ def cpu_block(record: dict) -> str:
     for pruned in (False, True):
         here = {work: rows for work, rows in works.items() if ("pruned" in work) == pruned}
         names = list(dict.fromkeys(n for rows in here.values() for n in rows if n != "XLA f32"))
-        lines += ["", "| | " + " | ".join(w.removesuffix(", pruned") for w in here) + " |"]
-        lines += ["| --- |" + " ---: |" * len(here)]
+        ratio = lambda rows, name: f"{rows[name]['ratio_of_minima']:.2f}" if name in rows else ""
         times = [f"{rows['XLA f32']['min_ms']:.3f} ms" for rows in here.values()]
-        lines += [f"| XLA f32 | {' | '.join(times)} |"]
-        for name in names:
-            found = (rows.get(name) for rows in here.values())
-            cells = (f"{row['ratio_of_minima']:.2f}" if row else "" for row in found)
-            lines += [f"| {name} | {' | '.join(cells)} |"]
+        found = [("XLA f32", times)]
+        found += [(name, [ratio(rows, name) for rows in here.values()]) for name in names]
+        lines += ["", *grid("", [w.removesuffix(", pruned") for w in here], found)]
     picture = "![times XLA f32, by work](../experiments/results/bench_cpu.png)"
     return "\n".join([*lines, *shares(record, works), "", picture, ""])
 
@@ -116,13 +110,11 @@ def shares(record: dict, works: dict[str, dict[str, dict]]) -> list[str]:
         f"{most['int8_gops']:.0f} GOP/s in int8, {most['float32_gflops']:.0f} GFLOP/s in float32; "
         f"with one row, of {most['read_gb_s']:.0f} GB/s from memory.",
         "",
-        "| | " + " | ".join(here) + " |",
-        "| --- |" + " ---: |" * len(here),
     ]
-    for name in names:
-        cells = (f"{rows[name]['of_peak']:.0%}" if name in rows else "" for rows in here.values())
-        lines += [f"| {name} | {' | '.join(cells)} |"]
-    return lines
+    share = lambda rows, name: f"{rows[name]['of_peak']:.0%}" if name in rows else ""
+    return lines + grid(
+        "", here, ((name, [share(rows, name) for rows in here.values()]) for name in names)
+    )
 
 
 def containers_block(record: dict) -> str:
@@ -145,7 +137,7 @@ def containers_block(record: dict) -> str:
     )
 
 
-def dataset_block(record: dict) -> str:
+def dataset_block(record: dict, name: str) -> str:
     """A row for each set, beside what its paper says; a column for each size and network."""
     cells = {(r["method"], r["per_class"], r["network"]): r for r in record["rows"]}
     columns = list(dict.fromkeys(key[1:] for key in cells))
@@ -159,19 +151,18 @@ def dataset_block(record: dict) -> str:
         + f". `{environment['command']}`, jax {environment['versions']['jax']}, on "
         f"{machine(record)}.",
         "",
-        "| | " + " | ".join(f"{size}, {network}" for size, network in columns) + " | published |",
-        "| --- |" + " ---: |" * (len(columns) + 1),
     ]
+    rows = []
     for method in dict.fromkeys(key[0] for key in cells):
-        line = [method]
+        line = []
         for column in columns:
             row = cells[(method, *column)]
             text = f"{100 * row['accuracy']:.1f} ± {100 * row['std']:.1f}"
             known = row["beats_random"] or method == "random"
             line.append(text if known else f"*{text}*")
         line.append(" / ".join(f"{v:.1f}" for v in record["published"].get(method, ())))
-        lines.append(f"| {' | '.join(line)} |")
-    name = "distill_dataset_full" if "--full" in environment["command"] else "distill_dataset"
+        rows.append((method, line))
+    lines += grid("", [*(f"{size}, {network}" for size, network in columns), "published"], rows)
     picture = f"![the first image of each class of each set](../experiments/results/{name}.png)"
     return "\n".join([*lines, "", picture, ""])
 
@@ -196,12 +187,21 @@ def kernels_block(record: dict) -> str:
         f"`{record['environment']['command']}` on {machine(record)}, jax "
         f"{record['environment']['versions']['jax']}; all right, by the bounds of the suite.",
         "",
-        "| weight | " + " | ".join(columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
     ]
-    for what in dict.fromkeys(name for name, _ in cells):
-        lines.append(f"| {what} | " + " | ".join(cells.get((what, c), "") for c in columns) + " |")
-    return "\n".join([*lines, ""])
+    names = dict.fromkeys(name for name, _ in cells)
+    table = grid("weight", columns, ((n, [cells.get((n, c), "") for c in columns]) for n in names))
+    return "\n".join([*lines, *table, ""])
+
+
+def grid(
+    corner: str, columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]
+) -> list[str]:
+    """The lines of a table: a name, then numbers."""
+    line = lambda name, cells: "| " + f"{name} | ".lstrip() + " | ".join(cells) + " |"
+    columns = list(columns)
+    return [line(corner, columns), "| --- |" + " ---: |" * len(columns)] + [
+        line(name, cells) for name, cells in rows
+    ]
 
 
 def machine(record: dict) -> str:
@@ -220,11 +220,12 @@ def take(
     report: Path, file: str, picture: str, name: str, page: Path, block: Callable[[dict], str]
 ) -> None:
     record = json.loads((report / file).read_text())
+    text = block(record)
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{name}.json", record)
-    if (report / picture).exists():
+    if f"results/{name}.png" in text:
         shutil.copyfile(report / picture, RESULTS / f"{name}.png")
-    page.write_text(replaced(page.read_text(), name, block(record)))
+    page.write_text(replaced(page.read_text(), name, text))
 
 
 PAGES = {
@@ -232,8 +233,10 @@ PAGES = {
     "bench_cpu": (CPU, cpu_block),
     "bench_containers": (PRUNING, containers_block),
     "bench_kernels": (KERNELS, kernels_block),
-    "distill_dataset": (DISTILLATION, dataset_block),
-    "distill_dataset_full": (DISTILLATION, dataset_block),
+    **{
+        name: (DISTILLATION, partial(dataset_block, name=name))
+        for name in ("distill_dataset", "distill_dataset_full")
+    },
 }
 
 

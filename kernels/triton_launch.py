@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Blocks", "added", "split", "splits", "triton_call"]
+__all__ = ["FEW", "Blocks", "added", "by_rows", "split", "splits", "triton_call"]
+
+FEW = 64  # rows, of which one tile has all
 
 
 class Blocks(NamedTuple):
@@ -22,6 +24,11 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
     programs: int = 1
+
+
+def by_rows(few: Blocks, many: Blocks, m: int) -> Blocks:
+    """The tile for few rows, as high as they need, or the one for many."""
+    return few._replace(m=max(few.m, 1 << (m - 1).bit_length())) if m <= FEW else many
 
 
 def splits(tile: Blocks, b: int, m: int, n: int, k: int) -> int:

@@ -340,7 +340,7 @@ def _chip(where: str) -> str | None:
 
 
 def _as_they_lie(rows: jax.Array, counts: jax.Array | None) -> tuple[jax.Array, ...]:
-    """The same without sorting, for who walks from where a line starts to where it ends.
+    """`_lists` of columns without sorting, and where in them each line starts and ends.
 
     The blocks of a column lie next to each other, those that it does not use at its end.
     """

@@ -31,6 +31,7 @@ __all__ = [
     "no_pallas_tpu",
     "no_triton",
     "not_cut",
+    "small_weight",
 ]
 
 # What the kernels are compiled for in every run of the checks, as `chip` names it.
@@ -91,6 +92,13 @@ def many_rows(problem: Problem, platform: str) -> str | None:
 
 # Of a weight of 4096 x 4096 the kernel was faster at 64 rows, XLA at 256.
 _MANY_ROWS = 64
+
+
+def small_weight(problem: Problem) -> str | None:
+    """Why a kernel is no gain there."""
+    if problem.k < 256 or problem.n < 128:
+        return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
+    return None
 
 
 def blocks_of(

@@ -20,6 +20,7 @@ from jaxcompress.ops._kernels import (
     no_pallas_tpu,
     no_triton,
     not_cut,
+    small_weight,
 )
 from jaxcompress.ops._operands import (
     MAX_K,
@@ -296,9 +297,7 @@ def _table(static: _Static) -> tuple[Implementation, ...]:
         return no_triton(platform) or _refused(static, problem, (*floats, "float16"))
 
     def defers(problem: Problem, platform: str) -> str | None:
-        if problem.k < 256 or problem.n < 128:
-            return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
-        return many_rows(problem, platform) or not_cut(platform)
+        return small_weight(problem) or many_rows(problem, platform) or not_cut(platform)
 
     pattern = (static.n, static.m)
     kept = lambda p: (p.m, p.n, p.k // static.m * static.n, pattern)

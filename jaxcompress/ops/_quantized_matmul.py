@@ -26,6 +26,7 @@ from jaxcompress.ops._kernels import (
     no_pallas_tpu,
     no_triton,
     not_cut,
+    small_weight,
 )
 from jaxcompress.ops._operands import MAX_K_ZERO_POINT, check_scales, matmul_shape, one_batch
 
@@ -362,9 +363,7 @@ def _triton_refuses(problem: Problem, platform: str) -> str | None:
 
 
 def _kernel_defers(problem: Problem, platform: str) -> str | None:
-    if problem.k < 256 or problem.n < 128:
-        return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
-    return many_rows(problem, platform) or not_cut(platform)
+    return small_weight(problem) or many_rows(problem, platform) or not_cut(platform)
 
 
 def scaled_dot(

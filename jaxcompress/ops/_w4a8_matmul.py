@@ -20,6 +20,7 @@ from jaxcompress.ops._kernels import (
     no_pallas_tpu,
     no_triton,
     not_cut,
+    small_weight,
 )
 from jaxcompress.ops._operands import check_scales, check_sums, matmul_shape, one_batch, spread
 
@@ -203,9 +204,7 @@ def _groups_refused(problem: Problem, least: int) -> str | None:
 
 
 def _defers(problem: Problem, platform: str) -> str | None:
-    if problem.k < 256 or problem.n < 128:
-        return f"{problem.k} x {problem.n} weights are less than one block of 256 x 128"
-    return not_cut(platform)
+    return small_weight(problem) or not_cut(platform)
 
 
 def _xla_refuses(problem: Problem, platform: str) -> str | None:

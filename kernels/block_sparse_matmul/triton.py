@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from jaxcompress.kernels.block_table import block_table, row_of
-from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
+from jaxcompress.kernels.triton_launch import (
+    FEW,
+    Blocks,
+    added,
+    by_rows,
+    split,
+    splits,
+    triton_call,
+)
+from jaxcompress.kernels.triton_split import written
 
 __all__ = ["BLOCKS", "Blocks", "block_sparse_matmul", "blocks", "sampled_matmul"]
 
@@ -21,14 +30,12 @@ __all__ = ["BLOCKS", "Blocks", "block_sparse_matmul", "blocks", "sampled_matmul"
 # activations, one for many, and one for the gradient of the weight, whose n and k are at
 # most the sides of a block. Measured on sm_90 alone.
 BLOCKS = block_table("block_sparse_matmul", "triton", Blocks)
-_FEW = 64  # rows, of which the first tile has all
 
 
 def blocks(m: int, side: int, piece: int, chip: str | None = None, sampled: bool = False) -> Blocks:
     """The tile for lines of `side` and pieces of `piece`: a function of shape and chip alone."""
     few, many, gradient = row_of(BLOCKS, chip)
-    few = few._replace(m=max(few.m, triton.next_power_of_2(m)))
-    best = gradient if sampled else few if m <= _FEW else many
+    best = gradient if sampled else by_rows(few, many, m)
     # A tile lies within a block: the largest power of two that divides its side.
     return best._replace(n=min(best.n, side & -side), k=min(best.k, piece & -piece))
 
@@ -75,7 +82,7 @@ def block_sparse_matmul(
         search = functools.partial(jnp.searchsorted, v=every, method="compare_all")
         bounds = jax.vmap(search)(lines[:, 0]).astype(jnp.int32)[:, None]
         starts, ends = bounds[..., :-1], bounds[..., 1:]
-    if m <= _FEW:  # all programs run at once
+    if m <= FEW:  # all programs run at once
         order = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (b, 1, count))
     else:
         order = jnp.argsort(starts - ends, axis=-1).astype(jnp.int32)  # the longest first
@@ -160,9 +167,12 @@ def _kernel(
         if weight.dtype == tl.int8:  # by float32: the interpreter has no other way to bfloat16
             weight = weight.to(tl.float32)
         total = tl.dot(values, weight.to(values.dtype), total, input_precision="ieee")
-    if SPLITS > 1:
-        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
-    out_at = out + (batch * M + row[:, None]) * (COUNT * SIDE) + line * SIDE + column[None, :]
+    out_at = (
+        out
+        + (written(batch, SPLITS) * M + row[:, None]) * (COUNT * SIDE)
+        + line * SIDE
+        + column[None, :]
+    )
     tl.store(out_at, total.to(out.dtype.element_ty), mask=row[:, None] < M)
 
 

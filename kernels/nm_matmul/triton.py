@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 
 from jaxcompress.kernels.block_table import block_table, row_of
-from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
+from jaxcompress.kernels.triton_launch import (
+    Blocks,
+    added,
+    by_rows,
+    split,
+    splits,
+    triton_call,
+)
+from jaxcompress.kernels.triton_split import portion, written
 
 __all__ = ["BLOCKS", "Blocks", "blocks", "nm_matmul"]
 
@@ -22,13 +30,12 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "nm_matmul"]
 # activations, which is bound by the weight's bytes, and one for many. k counts groups.
 # Measured on sm_90 alone.
 BLOCKS = block_table("nm_matmul", "triton", Blocks)
-_FEW = 64  # rows, of which the first tile has all
 
 
 def blocks(m: int, n: int, chip: str | None = None) -> Blocks:
     """The tile for a product of this size: a function of shape and chip alone."""
     few, many = row_of(BLOCKS, chip)
-    best = few._replace(m=max(few.m, triton.next_power_of_2(m))) if m <= _FEW else many
+    best = by_rows(few, many, m)
     return best._replace(n=min(best.n, max(16, triton.next_power_of_2(n))))
 
 
@@ -179,9 +186,7 @@ def _kernel(
     SPLITS: tl.constexpr,
 ):
     planes: tl.constexpr = (GROUPS * N + 63) // 64  # blocks of 64 places, 8 BITS bytes each
-    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
-    own: tl.constexpr = (GROUPS + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
-    begin = tl.program_id(2) % SPLITS * own  # of this program's part of the sums
+    batch, begin, end = portion(GROUPS, BLOCK_K, SPLITS)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     along = tl.arange(0, BLOCK_K)
@@ -196,7 +201,7 @@ def _kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGERS else tl.float32)
     kind: tl.constexpr = x.dtype.element_ty
     zeros = tl.zeros((BLOCK_K, BLOCK_N), dtype=kind)
-    for start in range(begin, min(begin + own, GROUPS), BLOCK_K):
+    for start in range(begin, end, BLOCK_K):
         inside = (start + along < GROUPS)[:, None] & (column[None, :] < COLUMNS)
         x_mask = (row[:, None] < ROWS) & (start + along < GROUPS)[None, :]
         first = (start + along) * N  # of what is stored
@@ -270,7 +275,5 @@ def _kernel(
     if HAS_SCALE and not SHARED:
         total = total.to(tl.float32) * tl.load(scale_at, mask=column < COLUMNS)[None, :]
     mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
-    if SPLITS > 1:
-        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
-    out_at = out + (batch * ROWS + row[:, None]) * COLUMNS + column[None, :]
+    out_at = out + (written(batch, SPLITS) * ROWS + row[:, None]) * COLUMNS + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=mask)

@@ -16,6 +16,7 @@ import triton.language as tl
 from jax import lax
 
 from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
+from jaxcompress.kernels.triton_split import portion, written
 
 __all__ = ["nm_matmul"]
 
@@ -152,10 +153,8 @@ def _kernel(
     integers: tl.constexpr = PER == 4
     words: tl.constexpr = 2 * KEPT // PER  # of a row of x
     planes: tl.constexpr = (KEPT + 63) // 64  # blocks of 64 places, 16 bytes each
-    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
     step: tl.constexpr = 8 * PER  # kept rows of one instruction
-    own: tl.constexpr = (KEPT + step * SPLITS - 1) // (step * SPLITS) * step
-    own_first = tl.program_id(2) % SPLITS * own
+    batch, head, end = portion(KEPT, step, SPLITS)
     thread = tl.arange(0, 32 * WARPS)
     group, member = thread % 32 // 4, thread % 4  # of four threads, and which of them
     column = (tl.program_id(0) * WARPS + thread // 32) * 16 + group  # and the one 8 further
@@ -169,7 +168,7 @@ def _kernel(
     else:
         c0 = tl.zeros((32 * WARPS,), dtype=tl.float32)
     c1, c2, c3 = c0, c0, c0
-    for start in range(own_first, min(own_first + own, KEPT), step):
+    for start in range(head, end, step):
         first = start + member * PER
         next = first + 4 * PER
         a0 = _register(values_at, places_at, first, low, KEPT, COLUMNS, PER)
@@ -220,9 +219,7 @@ def _kernel(
         right = tl.load(at_scale + 8, mask=high)
         c0, c1 = c0.to(tl.float32) * left, c1.to(tl.float32) * left
         c2, c3 = c2.to(tl.float32) * right, c3.to(tl.float32) * right
-    if SPLITS > 1:
-        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
-    out_at = out + (batch * ROWS + down) * COLUMNS + column
+    out_at = out + (written(batch, SPLITS) * ROWS + down) * COLUMNS + column
     kind = out.dtype.element_ty
     tl.store(out_at, c0.to(kind), mask=low & (down < ROWS))
     tl.store(out_at + COLUMNS, c1.to(kind), mask=low & (down + 1 < ROWS))

@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 
 from jaxcompress.kernels.block_table import block_table, row_of
-from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
+from jaxcompress.kernels.triton_launch import (
+    Blocks,
+    added,
+    by_rows,
+    split,
+    splits,
+    triton_call,
+)
+from jaxcompress.kernels.triton_split import portion, written
 
 __all__ = ["BLOCKS", "Blocks", "blocks", "quantized_matmul"]
 
@@ -22,7 +30,6 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "quantized_matmul"]
 # activations, which is bound by the weight's bytes, and one for many. Measured on
 # sm_90 alone.
 BLOCKS = block_table("quantized_matmul", "triton", Blocks)
-_FEW = 64  # rows, of which the first tile has all
 _PACKED = 64  # codes in a block of bit planes
 
 
@@ -31,7 +38,7 @@ def blocks(
 ) -> Blocks:
     """The tile for a product of this size: a function of shape and chip alone."""
     few, many = row_of(BLOCKS, chip)
-    best = few._replace(m=max(few.m, triton.next_power_of_2(m))) if m <= _FEW else many
+    best = by_rows(few, many, m)
     # A step lies within one group, or is one block of bit planes that holds whole groups.
     block_k = min(best.k, group_size or best.k)
     return best._replace(n=min(best.n, max(16, triton.next_power_of_2(n))), k=block_k)
@@ -123,9 +130,7 @@ def _kernel(
     SPLITS: tl.constexpr,
 ):
     groups: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
-    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
-    own: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
-    begin = tl.program_id(2) % SPLITS * own  # of this program's part of the sums
+    batch, begin, end = portion(K, BLOCK_K, SPLITS)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     along = tl.arange(0, BLOCK_K)
@@ -137,7 +142,7 @@ def _kernel(
     else:
         w_at = w + (batch * K + begin + along[:, None]) * N + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(begin, min(begin + own, K), BLOCK_K):
+    for start in range(begin, end, BLOCK_K):
         x_mask = row[:, None] < M
         w_mask = column[None, :] < N
         if K % BLOCK_K != 0:
@@ -158,9 +163,7 @@ def _kernel(
     if not GROUP:
         total *= tl.load(scale + column, mask=column < N)[None, :]
     inside = (row[:, None] < M) & (column[None, :] < N)
-    if SPLITS > 1:
-        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
-    out_at = out + (batch * M + row[:, None]) * N + column[None, :]
+    out_at = out + (written(batch, SPLITS) * M + row[:, None]) * N + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -194,9 +197,7 @@ def _packed_kernel(
     span: tl.constexpr = 8 * wide  # how far apart they lie
     groups: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
     planes: tl.constexpr = (K + 63) // 64  # blocks of 64 codes, 8 BITS bytes each
-    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
-    own: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
-    begin = tl.program_id(2) % SPLITS * own  # of this program's part of the sums
+    batch, begin, end = portion(K, BLOCK_K, SPLITS)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     byte = tl.arange(0, BLOCK_K // parts)
@@ -206,7 +207,7 @@ def _packed_kernel(
     x_at = x + (batch * M + row[:, None]) * K + begin + (plane * 64 + code)[None, :]
     w_at = w + (batch * planes + begin // 64 + plane[:, None]) * (8 * BITS * N) + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(begin, min(begin + own, K), BLOCK_K):
+    for start in range(begin, end, BLOCK_K):
         w_mask = column[None, :] < N
         if K % BLOCK_K != 0:
             w_mask = w_mask & (start // 64 + plane[:, None] < planes)
@@ -237,7 +238,5 @@ def _packed_kernel(
     if not GROUP:
         total *= tl.load(scale + column, mask=column < N)[None, :]
     inside = (row[:, None] < M) & (column[None, :] < N)
-    if SPLITS > 1:
-        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
-    out_at = out + (batch * M + row[:, None]) * N + column[None, :]
+    out_at = out + (written(batch, SPLITS) * M + row[:, None]) * N + column[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 
 from jaxcompress.kernels.block_table import block_table, row_of
-from jaxcompress.kernels.triton_launch import Blocks, added, split, splits, triton_call
+from jaxcompress.kernels.triton_launch import (
+    Blocks,
+    added,
+    by_rows,
+    split,
+    splits,
+    triton_call,
+)
+from jaxcompress.kernels.triton_split import portion, written
 
 __all__ = ["BLOCKS", "Blocks", "blocks", "w4a8_matmul"]
 
@@ -23,7 +31,6 @@ __all__ = ["BLOCKS", "Blocks", "blocks", "w4a8_matmul"]
 # activations, which is bound by the weight's bytes, and one for many. Measured on
 # sm_90 alone.
 BLOCKS = block_table("w4a8_matmul", "triton", Blocks)
-_FEW = 64  # rows, of which the first tile has all
 _PACKED = 64  # codes in a block of bit planes
 
 
@@ -32,7 +39,7 @@ def blocks(
 ) -> Blocks:
     """The tile for a product of this size: a function of shape and chip alone."""
     few, many = row_of(BLOCKS, chip)
-    best = few._replace(m=max(few.m, triton.next_power_of_2(m))) if m <= _FEW else many
+    best = by_rows(few, many, m)
     # A step lies within one group, or is one block of bit planes that holds two.
     block_k = max(_PACKED, min(best.k, group_size or best.k))
     return best._replace(n=min(best.n, max(16, triton.next_power_of_2(n))), k=block_k)
@@ -117,9 +124,7 @@ def _kernel(
     planes: tl.constexpr = (K + 63) // 64  # blocks of 64 codes, 32 bytes each
     # Where a step holds two groups, each half of its bytes lies in one.
     apart: tl.constexpr = GROUP != 0 and GROUP < BLOCK_K
-    batch = (tl.program_id(2) // SPLITS).to(tl.int64)  # whole arrays may pass 2^31 elements
-    own: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
-    begin = tl.program_id(2) % SPLITS * own  # of this program's part of the sums
+    batch, begin, end = portion(K, BLOCK_K, SPLITS)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     byte = tl.arange(0, BLOCK_K // 2)
@@ -130,7 +135,7 @@ def _kernel(
     w_at = w + (batch * planes * 32 + begin // 2 + byte[:, None]) * N + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     scaled = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(begin, min(begin + own, K), BLOCK_K):
+    for start in range(begin, end, BLOCK_K):
         w_mask = column[None, :] < N
         if K % BLOCK_K != 0:
             w_mask = w_mask & (start // 2 + byte[:, None] < planes * 32)
@@ -160,7 +165,5 @@ def _kernel(
         scales = tl.load(x_scale + batch * M + row, mask=row < M)
         scaled *= scales[:, None]
     inside = (row[:, None] < M) & (column[None, :] < N)
-    if SPLITS > 1:
-        batch += tl.program_id(2) % SPLITS * (tl.num_programs(2) // SPLITS)
-    out_at = out + (batch * M + row[:, None]) * N + column[None, :]
+    out_at = out + (written(batch, SPLITS) * M + row[:, None]) * N + column[None, :]
     tl.store(out_at, scaled.to(out.dtype.element_ty), mask=inside)

@@ -100,7 +100,7 @@ def test_the_page_of_kernels_has_the_table_of_its_json():
 @pytest.mark.parametrize("name", ["distill_dataset", "distill_dataset_full"])
 def test_the_page_of_distillation_has_the_table_of_its_json(name):
     record = json.loads((ROOT / f"experiments/results/{name}.json").read_text())
-    page, block = update_readme.DISTILLATION.read_text(), update_readme.dataset_block(record)
+    page, block = update_readme.DISTILLATION.read_text(), update_readme.dataset_block(record, name)
     assert update_readme.replaced(page, name, block) == page
     assert f"results/{name}.png" in block
     one = next(r for r in record["rows"] if r["method"] == "dm")
